@@ -1,0 +1,249 @@
+"""Naming tables and the small engine that reads them: which tensors a checkpoint must hold.
+
+A table is data: one `Name` row per kind of tensor, with templates for layer and expert numbers
+and symbolic axes. `expand` turns it into one `Entry` per tensor before a byte is read; `match`
+holds the entries against what is there. This module knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from string import Formatter
+from typing import Protocol
+
+from kimi_convert.errors import CheckpointError, MappingError
+
+_SHOWN = 8
+
+
+class Storage(StrEnum):
+    """Which dtypes a tensor may be stored in."""
+
+    WEIGHT = "weight"  # the checkpoint's dtype
+    FP32 = "fp32"  # written in fp32 whatever the rest is; read in any floating dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """One row of a naming table: our parameter, the checkpoint's name and the shape.
+
+    Templates may hold `{layer}` and `{expert}`. `where` names a set of layers; a row without
+    `{layer}` exists if its set is not empty. `aliases` are names that other writers use.
+    """
+
+    param: str
+    checkpoint: str
+    shape: tuple[str, ...]
+    where: str = "all"
+    storage: Storage = Storage.WEIGHT
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Tensors that a checkpoint may hold and that nothing reads, and why."""
+
+    checkpoint: str
+    why: str
+    where: str = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor that must exist."""
+
+    param: str
+    template: str  # the row's `param` template
+    name: str  # in the checkpoint
+    shape: tuple[int, ...]
+    storage: Storage
+    layer_idx: int | None
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The numbers that templates are filled with: layer sets, experts, axis sizes."""
+
+    layers: Mapping[str, Sequence[int]]
+    num_experts: int
+    axes: Mapping[str, int]
+
+
+class StoredTensor(Protocol):
+    """What `match` needs to know of a tensor that is there."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """One tensor that is there and that nothing reads."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Every expected tensor's stored name, and what is left out with its reason."""
+
+    entries: tuple[Entry, ...]
+    stored_names: Mapping[str, str]  # parameter -> name in the checkpoint
+    dropped: tuple[Dropped, ...]
+
+
+def expand(names: Iterable[Name], layout: Layout) -> tuple[Entry, ...]:
+    """Turn a table into one entry per tensor, in the order of layers, then rows.
+
+    Raises:
+        MappingError: two rows give the same parameter or the same checkpoint name.
+    """
+    entries = [entry for row in names for entry in _expand_row(row, layout)]
+    for key in ("param", "name"):
+        seen: set[str] = set()
+        for entry in entries:
+            text = str(getattr(entry, key))
+            if text in seen:
+                raise MappingError(f"two table rows give the {key} {text!r}")
+            seen.add(text)
+    return tuple(entries)
+
+
+def expand_drops(drops: Iterable[Drop], layout: Layout) -> dict[str, str]:
+    """Return the reason for every name that may be dropped."""
+    return {
+        name: drop.why
+        for drop in drops
+        for _, name in _instances(drop.checkpoint, drop.where, layout)
+    }
+
+
+def match(
+    entries: Sequence[Entry],
+    stored: Iterable[StoredTensor],
+    *,
+    droppable: Mapping[str, str],
+    dtypes: Iterable[str],
+    where: object,
+) -> Match:
+    """Hold a checkpoint against what it must be.
+
+    Args:
+        entries: every tensor that must exist.
+        stored: every tensor that is there.
+        droppable: names that may be there unread, with the reason.
+        dtypes: the safetensors dtypes that count as weights.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, of the wrong shape or of a dtype that is
+            not a plain weight. All of one kind are counted, the first few named.
+    """
+    there = {tensor.name: tensor for tensor in stored}
+    stored_names: dict[str, str] = {}
+    missing: list[str] = []
+    for entry in entries:
+        found = next((name for name in (entry.name, *entry.aliases) if name in there), None)
+        if found is None:
+            missing.append(entry.name)
+        else:
+            stored_names[entry.param] = found
+    read = set(stored_names.values())
+    unread = [name for name in there if name not in read]
+    unknown = [name for name in unread if name not in droppable]
+    if missing or unknown:
+        raise _uncovered(missing, unknown, where)
+    allowed = frozenset(dtypes)
+    for entry in entries:
+        _check_tensor(entry, there[stored_names[entry.param]], allowed, where)
+    dropped = tuple(Dropped(name, droppable[name]) for name in sorted(unread))
+    return Match(tuple(entries), stored_names, dropped)
+
+
+def _expand_row(row: Name, layout: Layout) -> Iterator[Entry]:
+    shape = tuple(layout.axes[axis] for axis in row.shape)
+    params = _instances(row.param, row.where, layout)
+    names = _instances(row.checkpoint, row.where, layout)
+    aliases = zip(*(_instances(alias, row.where, layout) for alias in row.aliases), strict=True)
+    spare = [tuple(name for _, name in group) for group in aliases]
+    for at, ((layer_idx, param), (_, name)) in enumerate(zip(params, names, strict=True)):
+        yield Entry(
+            param=param,
+            template=row.param,
+            name=name,
+            shape=shape,
+            storage=row.storage,
+            layer_idx=layer_idx,
+            aliases=spare[at] if spare else (),
+        )
+
+
+def _instances(template: str, where: str, layout: Layout) -> list[tuple[int | None, str]]:
+    """Fill a template for every layer of a set and every expert."""
+    holes = {hole for _, hole, _, _ in Formatter().parse(template) if hole}
+    layers = layout.layers[where]
+    if not layers:
+        return []
+    places: list[tuple[int | None, dict[str, int]]] = (
+        [(layer, {"layer": layer}) for layer in layers] if "layer" in holes else [(None, {})]
+    )
+    if "expert" in holes:
+        places = [
+            (layer, {**at, "expert": expert})
+            for layer, at in places
+            for expert in range(layout.num_experts)
+        ]
+    return [(layer, template.format(**at)) for layer, at in places]
+
+
+def _uncovered(missing: list[str], unknown: list[str], where: object) -> CheckpointError:
+    parts: list[str] = []
+    if missing:
+        parts.append(f"{len(missing)} missing: {_listed(missing)}")
+    if unknown:
+        parts.append(f"{len(unknown)} unknown: {_listed(unknown)}")
+    near = get_close_matches(missing[0], unknown[:1000], 1) if missing else []
+    return CheckpointError(
+        "checkpoint does not hold the tensors that its config.json asks for",
+        where=where,
+        expected="every tensor of the architecture and no other",
+        found="; ".join(parts),
+        hint=f"Is {near[0]!r} meant to be {missing[0]!r}?"
+        if near
+        else "Download the checkpoint again, or check that config.json belongs to it.",
+    )
+
+
+def _check_tensor(
+    entry: Entry, tensor: StoredTensor, allowed: frozenset[str], where: object
+) -> None:
+    if tensor.shape != entry.shape:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has the wrong shape",
+            where=where,
+            expected=list(entry.shape),
+            found=list(tensor.shape),
+            hint="The shape follows from config.json; one of the two is wrong.",
+        )
+    if tensor.dtype not in allowed:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has a dtype that is not a plain weight",
+            where=where,
+            expected=", ".join(sorted(allowed)),
+            found=tensor.dtype,
+            hint="Quantised checkpoints are not supported yet; use a bf16 copy.",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,209 @@
+"""A new checkpoint folder that appears whole or not at all.
+
+    with open_output(folder, source=source) as output:
+        output.require_space(plan.file_bytes)
+        for planned in plan.shards:
+            with output.shard(planned) as shard:
+                for tensor in planned.tensors:
+                    shard.write(tensor.name, chunks_of(tensor))
+        output.write_index(plan)
+        output.write_json("config.json", config)
+
+Files are finished, and made durable, in a hidden folder (see `staging`). At the end of the block
+they are renamed into place: weights, other files, config.json, and the index last, without which
+no loader takes the folder. An exception removes everything, and the folder too if it is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from kimi_convert.checkpoints.disk import disk_errors, free_bytes, sync_folder, write_all
+from kimi_convert.checkpoints.messages import listed, quoted, sized
+from kimi_convert.checkpoints.reader import DEFAULT_CHUNK_BYTES
+from kimi_convert.checkpoints.regular_file import open_regular, read_into
+from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan
+from kimi_convert.checkpoints.staging import LOCK_FILE, Staging, claim_folder
+from kimi_convert.checkpoints.weight_map import INDEX_FILE
+from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
+from kimi_convert.errors import OutputError, ResourceError, VerificationError
+
+CONFIG_FILE = "config.json"
+
+
+class Output:
+    """The files of a new checkpoint while they are being written."""
+
+    def __init__(self, staging: Staging) -> None:
+        """Start with no files in a claimed folder."""
+        self._staging = staging
+        self._shards: dict[str, WrittenFile] = {}
+        self._others: dict[str, WrittenFile] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where the files will be, as a real path."""
+        return self._staging.folder
+
+    @property
+    def files(self) -> tuple[WrittenFile, ...]:
+        """Every file finished so far, weights first, each kind in the order of writing."""
+        return (*self._shards.values(), *self._others.values())
+
+    def require_space(self, nbytes: int) -> None:
+        """Check, before the first byte, that the disk has room.
+
+        Raises:
+            ResourceError: fewer than `nbytes` bytes are free.
+        """
+        free = free_bytes(self.folder)
+        if free is not None and free < nbytes:
+            raise ResourceError(
+                "not enough disk space for the output",
+                where=self.folder,
+                expected=sized(nbytes),
+                found=f"{sized(free)} free",
+                hint="Free space there, or choose an output folder on another disk.",
+            )
+
+    @contextmanager
+    def shard(self, planned: PlannedShard) -> Generator[ShardWriter]:
+        """Write one file of weights; all of its tensors must be written inside the block.
+
+        Raises:
+            VerificationError: the file does not become what the plan says.
+            ResourceError: the disk does not take it.
+        """
+        with ShardWriter(self._new_path(planned.file_name), planned) as writer:
+            yield writer
+            written = writer.finish()
+        self._shards[written.name] = written
+
+    def write_index(self, plan: ShardPlan) -> WrittenFile:
+        """Write the index of all files of weights; also needed where there is only one.
+
+        Raises:
+            VerificationError: the files written are not those of the plan.
+            ResourceError: the disk does not take it.
+        """
+        planned = {shard.file_name for shard in plan.shards}
+        if planned != self._shards.keys():
+            raise VerificationError(
+                "files of weights differ from the plan",
+                where=self.folder,
+                expected=listed(sorted(planned)),
+                found=listed(sorted(self._shards)),
+            )
+        return self.write_bytes(INDEX_FILE, plan.index_json())
+
+    def write_json(self, name: str, document: Mapping[str, object]) -> WrittenFile:
+        """Write a JSON file, keys in the order given; NaN is refused with a ValueError."""
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        return self.write_bytes(name, text.encode("utf-8") + b"\n")
+
+    def write_bytes(self, name: str, data: bytes) -> WrittenFile:
+        """Write a small file at once.
+
+        Raises:
+            OutputError: not a plain file name, or written before.
+            ResourceError: the disk does not take it.
+        """
+        return self._write(name, iter((memoryview(data),)), nbytes=len(data))
+
+    def copy_file(self, path: Path, name: str | None = None) -> WrittenFile:
+        """Copy a plain file, under its own name unless another is given.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+            OutputError: not a plain file name, or written before.
+            ResourceError: the disk does not take it.
+        """
+        with open_regular(path) as descriptor:
+            nbytes = os.fstat(descriptor).st_size
+            return self._write(name or path.name, _read(descriptor, nbytes, path), nbytes=nbytes)
+
+    def commit(self) -> None:
+        """Rename every file into place, the index last; on failure take all of them back."""
+        if self._shards and INDEX_FILE not in self._others:
+            raise VerificationError("weights were written without an index", where=self.folder)
+        names = [*self._shards, *sorted(self._others, key=_commit_order)]
+        appeared = [name for name in names if os.path.lexists(self.folder / name)]
+        if appeared:
+            raise OutputError(
+                "files appeared in the output folder", where=self.folder, found=listed(appeared)
+            )
+        begun: list[Path] = []
+        try:
+            with disk_errors(self.folder, doing="move the finished files into place"):
+                for name in names:
+                    begun.append(self.folder / name)
+                    (self._staging.path / name).rename(self.folder / name)
+                sync_folder(self.folder)
+                for created in self._staging.created:
+                    sync_folder(created.parent)
+        except BaseException:
+            for path in reversed(begun):
+                path.unlink(missing_ok=True)
+            raise
+
+    def _write(self, name: str, chunks: Iterator[memoryview], *, nbytes: int) -> WrittenFile:
+        path = self._new_path(name)
+        digest = hashlib.sha256()
+        with disk_errors(path, doing="write a file", nbytes=nbytes), path.open("xb", 0) as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                write_all(file.fileno(), chunk)
+            os.fsync(file.fileno())
+        self._others[name] = WrittenFile(name, nbytes, digest.hexdigest())
+        return self._others[name]
+
+    def _new_path(self, name: str) -> Path:
+        plain = name.isprintable() and name == Path(name).name and name != ""
+        if not plain or name.startswith(".") or name == LOCK_FILE:
+            raise OutputError("not a plain file name", where=self.folder, found=quoted(name))
+        if name in self._shards or name in self._others:
+            raise OutputError("file is written twice", where=self.folder, found=quoted(name))
+        return self._staging.path / name
+
+
+@contextmanager
+def open_output(
+    folder: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None
+) -> Generator[Output]:
+    """Claim a new or empty folder; what is written inside the block appears at its end.
+
+    Args:
+        folder: created if need be.
+        source: a folder that the output must not be, hold or lie in.
+
+    Raises:
+        OutputError: the folder is a file, not empty, in use, or not apart from the source.
+        ResourceError: it cannot be written.
+        VerificationError: at the end, the files are not those of the plan.
+    """
+    staging = claim_folder(Path(folder), source=None if source is None else Path(source))
+    try:
+        output = Output(staging)
+        yield output
+        output.commit()
+    except BaseException:
+        staging.discard()
+        raise
+    staging.close()
+
+
+def _commit_order(name: str) -> int:
+    return (CONFIG_FILE, INDEX_FILE).index(name) + 1 if name in (CONFIG_FILE, INDEX_FILE) else 0
+
+
+def _read(descriptor: int, nbytes: int, path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(nbytes, DEFAULT_CHUNK_BYTES)))
+    for at in range(0, nbytes, DEFAULT_CHUNK_BYTES):
+        view = buffer[: min(DEFAULT_CHUNK_BYTES, nbytes - at)]
+        read_into(descriptor, view, offset=at, path=path)
+        yield view

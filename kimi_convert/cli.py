@@ -1,0 +1,95 @@
+"""The command line: which commands there are, and the boundary where every error becomes a message.
+
+Nothing here imports torch, so that help answers at once; each command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from kimi_convert import __version__
+from kimi_convert.commands import doctor, export, generate, inspect, validate
+from kimi_convert.commands._errors import InterruptError, UnexpectedError, as_error
+from kimi_convert.commands._output import close_streams, show_error
+
+PROGRAM = "kimi-convert"
+_INTERRUPTED = InterruptError("interrupted")
+
+app = typer.Typer(
+    name=PROGRAM,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+_export = typer.Typer(help=export.HELP)
+app.add_typer(_export, name="export")
+
+
+def _command(function: Callable[..., None], example: str, *, on: typer.Typer = app) -> None:
+    on.command(epilog=f"Example:  {example}")(function)
+
+
+_command(inspect.inspect, inspect.EXAMPLE)
+_command(validate.validate, validate.EXAMPLE)
+_command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
+_command(generate.generate, generate.EXAMPLE)
+_command(doctor.doctor, doctor.EXAMPLE)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Turn full-attention MLA checkpoints into Kimi-Linear hybrids of KDA and MLA layers."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; see `kimi_convert.errors` for the codes.
+
+    Args:
+        arguments: without the program's name; those of the process if None.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks must not end a run of hours.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(given)
+        close_streams()
+    except typer.Exit as left:
+        return left.exit_code
+    return code
+
+
+def _run(given: list[str]) -> int:
+    as_json = "--json" in given
+    try:
+        code = app(given, prog_name=PROGRAM, standalone_mode=False)
+    except Exception as caught:
+        error = as_error(caught, program=PROGRAM)
+        traced = isinstance(error, UnexpectedError) and not {"-v", "--verbose"}.isdisjoint(given)
+        show_error(error, as_json=as_json, trace=caught if traced else None)
+        return error.exit_code
+    if code == _INTERRUPTED.exit_code:
+        show_error(_INTERRUPTED, as_json=as_json)
+    return code or 0

@@ -1,0 +1,93 @@
+"""The folder of the demo: a second run replaces what the first one made, and nothing else.
+
+A record in the folder lists every file that the demo made, with its size and time. Files are
+removed only if all that are listed are still as listed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import cast
+
+from kimi_convert.checkpoints.strict_json import as_object, parse_object
+from kimi_convert.errors import CheckpointError, OutputError
+
+RECORD = ".kimi-convert-demo.json"
+_HINT = "Choose another folder with --output, or remove this one."
+
+
+@dataclass(slots=True)
+class DemoFolder:
+    """A folder that the demo may fill; made by `open_demo_folder`."""
+
+    path: Path
+    replaced: bool  # whether an earlier demo's output was removed
+    _made: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+
+    def made(self, *places: Path) -> None:
+        """Record files, and all files below folders, that the demo has just made."""
+        for place in places:
+            for file in [place] if place.is_file() else sorted(place.rglob("*")):
+                if file.is_file():
+                    self._made[file.relative_to(self.path).as_posix()] = _stamp(file)
+        text = json.dumps({"files": self._made}, indent=2)
+        (self.path / RECORD).write_text(f"{text}\n", encoding="utf-8")
+
+
+def open_demo_folder(path: Path) -> DemoFolder:
+    """Make the folder, or empty it if all it holds is an earlier demo's output.
+
+    Raises:
+        OutputError: it holds anything else; nothing is removed then.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError("output is not a folder", where=path, hint=_HINT)
+    found = {
+        place.relative_to(path).as_posix()
+        for place in path.rglob("*")
+        if place.is_symlink() or not place.is_dir()
+    }
+    if found:
+        _check_own(path, found)
+        _remove(path)
+    path.mkdir(parents=True, exist_ok=True)
+    folder = DemoFolder(path, replaced=bool(found))
+    folder.made()
+    return folder
+
+
+def _check_own(path: Path, found: set[str]) -> None:
+    record = _read_record(path) if RECORD in found else {}
+    foreign = sorted(name for name in found - {RECORD} if record.get(name) != _stamp(path / name))
+    if foreign or RECORD not in found:
+        raise OutputError(
+            "output folder holds files that the demo did not make",
+            where=path,
+            found=", ".join(map(ascii, foreign[:5])),
+            hint=_HINT,
+        )
+
+
+def _read_record(path: Path) -> dict[str, list[int]]:
+    try:
+        document = parse_object((path / RECORD).read_bytes(), where=path / RECORD)
+    except CheckpointError:
+        return {}  # then no file counts as the demo's own
+    return cast("dict[str, list[int]]", as_object(document.get("files")) or {})
+
+
+def _remove(path: Path) -> None:
+    """Remove what `_check_own` has found to be the demo's: every file, and then the folders."""
+    places = sorted(path.rglob("*"), key=lambda place: len(PurePosixPath(place).parts))
+    for place in reversed(places):
+        if place.is_dir() and not place.is_symlink():
+            place.rmdir()
+        else:
+            place.unlink()
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.lstat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,52 @@
+"""Arguments and options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SourceArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE", help="Folder of the MLA checkpoint to convert.", show_default=False
+    ),
+]
+CheckpointArg = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint.", show_default=False)
+]
+OutputArg = Annotated[
+    Path,
+    typer.Argument(metavar="OUTPUT", help="Folder to write; new or empty.", show_default=False),
+]
+RecipeOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Recipe in TOML; every field has a default.",
+        show_default=False,
+    ),
+]
+MaxShardSizeOpt = Annotated[
+    str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
+]
+JsonOpt = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document, for results and errors alike.")
+]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+VerboseOpt = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print the log, and the traceback of a bug.")
+]
+
+DEFAULT_MAX_SHARD_SIZE = "5GB"
+
+
+class Dtype(StrEnum):
+    """The dtypes that weights are written in and models run in; the names are torch's."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"

@@ -1,0 +1,160 @@
+"""`kimi-convert validate`: whether a checkpoint is whole and consistent, and how good it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kimi_convert.commands._numbers import bytes_text
+from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._output import Output
+from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.commands._scores import models_table, scores_table, worth
+from kimi_convert.errors import VerificationError
+
+if TYPE_CHECKING:
+    from kimi_convert.validation.report import (
+        ConsistencyReport,
+        Finding,
+        QualityReport,
+        ValidationReport,
+    )
+
+EXAMPLE = "kimi-convert validate ./hybrid --teacher ./Moonlight-16B-A3B --text heldout.jsonl"
+
+TeacherOpt = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="The checkpoint it was made from.", show_default=False),
+]
+TextOpt = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='Text to measure on: .txt, or .jsonl with a "text" per line.',
+        show_default=False,
+    ),
+]
+SequenceLengthOpt = Annotated[int, typer.Option(help="Tokens in each sequence.")]
+MaxTokensOpt = Annotated[int, typer.Option(help="The most tokens to measure on.")]
+MaxTokensPerKindOpt = Annotated[
+    int, typer.Option(help="The same for each kind of text, so that one kind does not take all.")
+]
+
+
+def validate(
+    checkpoint: CheckpointArg,
+    teacher: TeacherOpt = None,
+    text: TextOpt = None,
+    sequence_length: SequenceLengthOpt = 512,
+    max_tokens: MaxTokensOpt = 32768,
+    max_tokens_per_kind: MaxTokensPerKindOpt = 10240,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Check files, values and arithmetic, and measure quality; exit 6 if a check fails.
+
+    Measured numbers (loss, KL) never make a checkpoint fail; damage and contradictions do.
+    """
+    from kimi_convert.validation import ValidationOptions, validate_checkpoint
+
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    options = ValidationOptions(
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        max_tokens_per_kind=max_tokens_per_kind,
+    )
+    with output.progress() as on_progress:
+        report = validate_checkpoint(
+            checkpoint, teacher=teacher, text=text, options=options, on_progress=on_progress
+        )
+    output.show(report, lambda: validation_report(report))
+    if not report.passed:
+        raise typer.Exit(VerificationError.exit_code)
+
+
+def validation_report(report: ValidationReport) -> Report:
+    """Return what `validate` shows."""
+    sections: list[Facts | Table | Sentence] = [_integrity(report)]
+    if report.consistency:
+        sections.append(_consistency(report.consistency))
+    if report.quality:
+        sections += _quality(report.quality)
+    sections += [_finding(finding) for finding in report.findings]
+    sections += [Sentence(f"Not checked: {left.check}. {left.why}") for left in report.not_run]
+    verdict = "Passed." if report.passed else "Failed: see the errors above."
+    return (*sections, Sentence(verdict, warns=not report.passed))
+
+
+def _integrity(report: ValidationReport) -> Facts:
+    found = report.integrity
+    hashes = "none recorded"
+    if found.hashes_from:
+        recorded = ", ".join(found.hashes_from)
+        hashes = (
+            f"{found.files_hashed} files, {found.tensors_hashed} tensors as {recorded} records"
+        )
+    return Facts(
+        f"Integrity of {report.checkpoint}",
+        (
+            ("tensors", f"{found.tensors}, {bytes_text(found.nbytes)}"),
+            ("searched for NaN and Inf", str(found.values_scanned)),
+            ("hashes", hashes),
+            ("left out", str(len(found.left_out))),
+        ),
+    )
+
+
+def _consistency(found: ConsistencyReport) -> Table:
+    size = f"{found.sequences} sequences of {found.sequence_length} tokens ({found.tokens})"
+    rows = tuple(
+        (form.form, f"{form.max_relative_error:.1e}", "yes" if form.passed else "NO")
+        for form in found.forms
+    )
+    return Table(
+        f"The same logits in every form: {size}, bound {found.bound:.1e}",
+        ("form", "error", "within the bound"),
+        rows,
+        right=("error",),
+    )
+
+
+def _quality(quality: QualityReport) -> list[Facts | Table | Sentence]:
+    sections: list[Facts | Table | Sentence] = [models_table(quality)]
+    if len(quality.student.by_kind) > 1:
+        sections.append(scores_table("By kind of text", quality.student.by_kind, first="kind"))
+    if quality.layers:
+        sections.append(_layers(quality))
+    sentence = worth(quality)
+    return [*sections, sentence] if sentence else sections
+
+
+def _layers(quality: QualityReport) -> Table:
+    rows = tuple(
+        (
+            str(layer.layer_idx),
+            layer.mixer.upper(),
+            "yes" if layer.converted else "no",
+            f"{layer.hidden:.4f}",
+            f"{layer.mixer_output:.4f}",
+            f"{layer.teacher_forced:.4f}",
+        )
+        for layer in quality.layers
+    )
+    return Table(
+        "Squared error relative to the teacher's layer, layers counted from 0",
+        ("layer", "mixer", "converted", "hidden state", "mixer", "mixer on teacher's input"),
+        rows,
+        right=("hidden state", "mixer", "mixer on teacher's input"),
+    )
+
+
+def _finding(finding: Finding) -> Sentence:
+    details = (("expected", finding.expected), ("found", finding.found))
+    said = "".join(f"; {label} {text}" for label, text in details if text)
+    return Sentence(
+        f"{finding.severity}: {finding.check}: {finding.where}: {finding.message}{said}",
+        warns=True,
+    )

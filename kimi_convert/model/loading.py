@@ -1,0 +1,172 @@
+"""From a checkpoint folder to a model that runs: as a whole, or one layer at a time.
+
+Every tensor is checked against config.json before the first one is read. Modules are made without
+memory, then each weight is copied once, in its final dtype, to its device. Routed experts, which
+checkpoints store one by one, are stacked here and nowhere else. Values are not checked for NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kimi_convert.checkpoints.index import open_index
+from kimi_convert.checkpoints.reader import CheckpointReader
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.errors import CheckpointError
+from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.kimi_linear import KimiLinear
+from kimi_convert.model.language_model import Head
+from kimi_convert.model.mla_transformer import MlaTransformer
+from kimi_convert.model.moe import Experts
+from kimi_convert.model.names.layout import match_checkpoint
+from kimi_convert.model.norm import RmsNorm
+from kimi_convert.model.numerics import SERVED, Numerics
+
+_MODELS: Mapping[str, type[KimiLinear | MlaTransformer]] = {
+    "deepseek_v2": MlaTransformer,
+    "deepseek_v3": MlaTransformer,
+    "kimi_k2": MlaTransformer,
+    "kimi_linear": KimiLinear,
+}
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    numerics: Numerics = SERVED,
+) -> KimiLinear | MlaTransformer:
+    """Load a whole checkpoint. Its parameters are frozen: unfreeze what is to be trained.
+
+    Args:
+        folder: config.json and safetensors, in the format of any supported architecture.
+        dtype: of weights and activations; decay parameters and router stay fp32.
+        device: where the model runs.
+        numerics: choices where implementations disagree; as served by default.
+
+    Raises:
+        ConfigError: config.json is not valid or not of a supported architecture.
+        CheckpointError: tensors are missing, unknown, mis-shaped, quantised or not readable.
+    """
+    with open_layers(folder, dtype=dtype, device=device, numerics=numerics) as layers:
+        return layers.whole_model()
+
+
+@contextmanager
+def open_layers(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    numerics: Numerics = SERVED,
+) -> Iterator[LayerLoader]:
+    """Open a checkpoint whose layers are loaded when asked for; arguments as `load_model`'s.
+
+    A model larger than memory runs layer by layer: what the caller drops is freed.
+
+        with open_layers(folder) as layers:
+            hidden = layers.embedding()(tokens)
+            for layer_idx in range(layers.config.num_layers):
+                hidden = layers.layer(layer_idx)(hidden)
+            logits = layers.head()(hidden)
+    """
+    config = read_config(folder)
+    if config.quantization is not None:
+        raise CheckpointError(
+            "quantised checkpoints are not supported yet",
+            where=folder,
+            expected="no quantization_config in config.json",
+            found=config.quantization.get("quant_method", "quantization_config"),
+            hint="Use a bf16 copy of this checkpoint.",
+        )
+    index = open_index(folder)
+    matched = match_checkpoint(config, index.tensors.values(), where=folder)
+    with CheckpointReader(index) as reader:
+        yield LayerLoader(
+            config=config,
+            numerics=numerics,
+            dtype=dtype,
+            device=torch.device(device),
+            reader=reader,
+            stored_names=matched.stored_names,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLoader:
+    """Loads parts of one open checkpoint; keeps none of them."""
+
+    config: ModelConfig
+    numerics: Numerics
+    dtype: torch.dtype
+    device: torch.device
+    reader: CheckpointReader
+    stored_names: Mapping[str, str]  # parameter -> name in the checkpoint
+
+    def embedding(self) -> nn.Embedding:
+        """Load the token embedding."""
+        with torch.device("meta"):
+            embedding = nn.Embedding(
+                self.config.vocab_size, self.config.hidden_size, dtype=self.dtype
+            )
+        self._fill(embedding, "embed.")
+        return embedding
+
+    def layer(self, layer_idx: int) -> DecoderLayer:
+        """Load one decoder layer, counted from 0."""
+        with torch.device("meta"):
+            layer = DecoderLayer(self.config, layer_idx, self.numerics, dtype=self.dtype)
+        self._fill(layer, f"layers.{layer_idx}.")
+        return layer
+
+    def head(self) -> Head:
+        """Load the final norm and the output matrix."""
+        with torch.device("meta"):
+            width, eps = self.config.hidden_size, self.config.rms_norm_eps
+            norm = RmsNorm(width, eps=eps, dtype=self.dtype)
+            head = Head(self.config, norm, dtype=self.dtype)
+        self._fill(norm, "norm.")
+        self._fill(head, "embed." if self.config.tie_word_embeddings else "head.")
+        return head
+
+    def whole_model(self) -> KimiLinear | MlaTransformer:
+        """Load everything."""
+        with torch.device("meta"):
+            model = _MODELS[self.config.model_type](self.config, self.numerics, dtype=self.dtype)
+        self._fill(model.embed, "embed.")
+        for layer_idx, layer in enumerate(model.layers):
+            self._fill(layer, f"layers.{layer_idx}.")
+        self._fill(model.norm, "norm.")
+        if self.config.tie_word_embeddings:
+            tied = model.embed.weight
+            assert isinstance(tied, nn.Parameter)
+            model.head.weight = tied
+        else:
+            self._fill(model.head, "head.")
+        return model
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give every parameter of a module without memory its values."""
+        for name, parameter in list(module.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            values = torch.empty_like(parameter, device=self.device)
+            if isinstance(owner, Experts):
+                for expert, part in enumerate(values):
+                    self._read(f"{prefix}{path}.{expert}.{leaf}.weight", into=part)
+            else:
+                self._read(prefix + name, into=values)
+            setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
+        # Mapped pages count as resident until their files are closed.
+        self.reader.release()
+
+    def _read(self, param: str, *, into: torch.Tensor) -> None:
+        into.copy_(self.reader.tensor(self.stored_names[param]))

@@ -1,0 +1,1 @@
+"""Which tensors a checkpoint of each supported architecture holds, as tables."""

@@ -1,0 +1,119 @@
+"""The numbers that fill the naming tables, computed once from a `ModelConfig`.
+
+Layer sets, axis sizes, and the tensors that a checkpoint of that config must and may hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kimi_convert.checkpoints.mapping import (
+    Drop,
+    Entry,
+    Layout,
+    Match,
+    Name,
+    StoredTensor,
+    expand,
+    expand_drops,
+    match,
+)
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.model.names import deepseek, kimi_linear
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+
+_TABLES: dict[str, tuple[tuple[Name, ...], tuple[Drop, ...]]] = {
+    "deepseek_v2": (deepseek.NAMES, deepseek.DROPS),
+    "deepseek_v3": (deepseek.NAMES, deepseek.DROPS),
+    "kimi_k2": (deepseek.NAMES, deepseek.DROPS),
+    "kimi_linear": (kimi_linear.NAMES, kimi_linear.DROPS),
+}
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """Return layer sets and axis sizes."""
+    return Layout(
+        layers=_layer_sets(config),
+        num_experts=config.moe.num_experts if config.moe else 0,
+        axes=_axes(config),
+    )
+
+
+def expected_entries(config: ModelConfig) -> tuple[Entry, ...]:
+    """Return every tensor that a checkpoint of this config must hold, layer by layer."""
+    names, _ = _TABLES[config.model_type]
+    entries = expand(names, layout_of(config))
+    # Embedding first, then layers, then norm and head: the order in which a model runs.
+    last = config.num_layers
+    rank = {"embed.weight": -1, "norm.weight": last, "head.weight": last + 1}
+    return tuple(
+        sorted(entries, key=lambda e: rank[e.param] if e.layer_idx is None else e.layer_idx)
+    )
+
+
+def match_checkpoint(
+    config: ModelConfig, stored: Iterable[StoredTensor], *, where: object
+) -> Match:
+    """Hold the tensors of a checkpoint against its config.
+
+    Raises:
+        CheckpointError: see `checkpoints.mapping.match`.
+    """
+    _, drops = _TABLES[config.model_type]
+    return match(
+        expected_entries(config),
+        stored,
+        droppable=expand_drops(drops, layout_of(config)),
+        dtypes=WEIGHT_DTYPES,
+        where=where,
+    )
+
+
+def _layer_sets(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    every = tuple(range(config.num_layers))
+    mtp = tuple(range(config.num_layers, config.num_layers + config.num_mtp_layers))
+    moe_layers, mla_layers = config.moe_layers, config.mla_layers
+    low_rank_q = config.mla.q_lora_rank is not None
+    shared = config.moe is not None and config.moe.num_shared_experts > 0
+    biased = config.moe is not None and config.moe.has_correction_bias
+    return {
+        "all": every,
+        "kda": config.kda_layers,
+        "mla": mla_layers,
+        "mla_full_q": () if low_rank_q else mla_layers,
+        "mla_low_rank_q": mla_layers if low_rank_q else (),
+        "dense": tuple(i for i in every if i not in set(moe_layers)),
+        "moe": moe_layers,
+        "moe_bias": moe_layers if biased else (),
+        "moe_shared": moe_layers if shared else (),
+        "untied": () if config.tie_word_embeddings else every,
+        "mtp": mtp,
+        "all_and_mtp": every + mtp,
+    }
+
+
+def _axes(config: ModelConfig) -> dict[str, int]:
+    mla, kda, moe = config.mla, config.kda, config.moe
+    kda_head_dim = kda.head_dim if kda else 0
+    kda_heads = kda.num_heads if kda else 0
+    expert = moe.intermediate_size if moe else 0
+    return {
+        "one": 1,
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "dense": config.intermediate_size,
+        "q": mla.num_heads * mla.qk_head_dim,
+        "q_latent": mla.q_lora_rank or 0,
+        "kv_latent": mla.kv_lora_rank,
+        "kv_a": mla.kv_lora_rank + mla.qk_rope_head_dim,
+        "kv_b": mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+        "attention": mla.num_heads * mla.v_head_dim,
+        "kda_heads": kda_heads,
+        "kda_head_dim": kda_head_dim,
+        "kda": kda_heads * kda_head_dim,
+        "conv": kda.conv_size if kda else 0,
+        "experts": moe.num_experts if moe else 0,
+        "expert": expert,
+        "shared": expert * (moe.num_shared_experts if moe else 0),
+    }

@@ -1,0 +1,200 @@
+"""Whether every way to compute the same logits gives the same logits.
+
+One chunked prefill is the reference. Against it: the recurrent form, a cached prefill in pieces
+that no chunk boundary meets, and a decode token by token. Layers are run one at a time with
+every form side by side, so memory holds one layer, whatever the model's size.
+
+All forms use the experts that the reference chose. Where two experts score almost alike, the last
+bit of rounding decides between them, and the logits of that token then differ by per cents: true
+of any two runs, and no news about the forms. How often it would have happened is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.cache import LayerCache, new_cache
+from kimi_convert.model.kda import KdaForm
+from kimi_convert.model.loading import open_layers
+from kimi_convert.model.moe import Routing
+from kimi_convert.validation.metrics import MaxRelativeError, token_slices
+from kimi_convert.validation.options import ValidationOptions
+from kimi_convert.validation.report import ConsistencyReport, FormError
+
+_LOGITS_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One way to run the tokens: with a cache if they come in pieces."""
+
+    name: str
+    kda_form: KdaForm
+    pieces: Callable[[int], list[int]] | None  # number of tokens -> sizes
+    needs_kda: bool = False
+
+
+def _uneven(num_tokens: int) -> list[int]:
+    """Cut after 1 token, about a third and about a half: off the boundaries of chunks."""
+    cuts = sorted({0, 1, num_tokens // 3, num_tokens // 2 + 1, num_tokens})
+    return [stop - start for start, stop in pairwise(cuts)]
+
+
+def _single(num_tokens: int) -> list[int]:
+    return [1] * num_tokens
+
+
+_PREFILL = _Form("chunked prefill", KdaForm.CHUNK, None)
+_FORMS = (
+    _Form("recurrent prefill", KdaForm.RECURRENT, None, needs_kda=True),
+    _Form("prefill in pieces", KdaForm.CHUNK, _uneven),
+    _Form("decode token by token", KdaForm.RECURRENT, _single),
+)
+
+# Bounds on max |difference| / max |logit|.
+#
+# fp32 is what this project promises for any depth; 8 layers give 2e-6.
+#
+# In the half dtypes sums are kept in fp32 and a value is rounded where it is stored, about 16
+# times on its way through a layer, each time by at most eps / 2 of its size. Roundings are
+# independent, so L layers add up to sqrt(16 L) eps / 2 = 2 eps sqrt(L), two runs differ by
+# sqrt(2) times that, and the largest error stands to the largest logit as their standard
+# deviations do: 2.8 eps sqrt(L), rounded up to 4. 8 layers give 1.1 to 1.8 eps sqrt(L).
+_FP32_BOUND = 1e-5
+_HALF_FACTOR = 4.0
+_BOUNDS: Mapping[torch.dtype, Callable[[int], float]] = {
+    torch.float32: lambda num_layers: _FP32_BOUND,
+    torch.bfloat16: lambda num_layers: _half_bound(torch.bfloat16, num_layers),
+    torch.float16: lambda num_layers: _half_bound(torch.float16, num_layers),
+}
+
+
+def _half_bound(dtype: torch.dtype, num_layers: int) -> float:
+    return _HALF_FACTOR * torch.finfo(dtype).eps * num_layers**0.5
+
+
+@torch.inference_mode()
+def measure_consistency(
+    checkpoint: Path,
+    tokens: torch.Tensor,
+    *,
+    source: str,
+    options: ValidationOptions,
+    on_progress: ProgressCallback,
+) -> ConsistencyReport:
+    """Run tokens [B, T] int64 through every form and compare the logits.
+
+    Args:
+        checkpoint: the folder.
+        tokens: the same for every form.
+        source: where the tokens come from, for the report.
+        options: dtype, device and numerics.
+        on_progress: told of every layer.
+    """
+    with open_layers(
+        checkpoint,
+        dtype=options.torch_dtype,
+        device=options.device,
+        numerics=options.numerics,
+    ) as layers:
+        config = layers.config
+        forms = [form for form in _FORMS if config.kda_layers or not form.needs_kda]
+        embedded = layers.embedding()(tokens.to(options.device))  # [B, T, D]
+        hidden = {form.name: embedded for form in (_PREFILL, *forms)}
+        rerouted = dict.fromkeys(hidden, 0)
+        for layer_idx in range(config.num_layers):
+            on_progress(_progress(layer_idx, config.num_layers))
+            layer = layers.layer(layer_idx)
+            with _same_experts(layer) as choices:
+                for form in (_PREFILL, *forms):
+                    past = new_cache(config, len(tokens), dtype=layers.dtype, device=layers.device)
+                    cache = past.layers[layer_idx]
+                    hidden[form.name] = _run(layer, hidden[form.name], cache, form)
+                    rerouted[form.name] += choices.rerouted
+        on_progress(_progress(config.num_layers, config.num_layers))
+        head = layers.head()
+        expected = hidden[_PREFILL.name]
+        errors = {
+            form.name: _logits_error(
+                head, hidden[form.name], expected, vocab_size=config.vocab_size
+            )
+            for form in forms
+        }
+    bound = _BOUNDS[layers.dtype](config.num_layers)
+    return ConsistencyReport(
+        tokens=source,
+        sequences=tokens.shape[0],
+        sequence_length=tokens.shape[1],
+        bound=bound,
+        forms=tuple(
+            FormError(name, error, rerouted[name], error <= bound)
+            for name, error in errors.items()
+        ),
+    )
+
+
+class _Choices:
+    """Keeps the first routing of a layer, and has it used in place of the later ones."""
+
+    def __init__(self) -> None:
+        self._first: Routing | None = None
+        self.rerouted = 0  # tokens of the last run that had chosen other experts
+
+    def __call__(self, router: nn.Module, inputs: object, found: Routing) -> Routing:
+        """Stand in for the result of a router, as a forward hook."""
+        if self._first is None:
+            self._first = found
+        same = found.experts.sort(-1).values == self._first.experts.sort(-1).values
+        self.rerouted = int((~same.all(-1)).sum())
+        return self._first
+
+
+@contextmanager
+def _same_experts(layer: DecoderLayer) -> Generator[_Choices]:
+    choices = _Choices()
+    hook = None if layer.moe is None else layer.moe.router.register_forward_hook(choices)
+    try:
+        yield choices
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _run(
+    layer: DecoderLayer, hidden: torch.Tensor, cache: LayerCache, form: _Form
+) -> torch.Tensor:
+    if form.pieces is None:
+        mixed = layer.mix(hidden, kda_form=form.kda_form)
+    else:
+        parts = hidden.split(form.pieces(hidden.shape[1]), 1)
+        mixed = torch.cat([layer.mix(part, cache, kda_form=form.kda_form) for part in parts], 1)
+    # The feed-forward sees each token alone: pieces of tokens make no difference to it.
+    hidden = hidden + mixed
+    return hidden + layer.feed_forward(hidden)
+
+
+def _logits_error(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    vocab_size: int,
+) -> float:
+    error = MaxRelativeError()
+    found, expected = found.flatten(0, 1), expected.flatten(0, 1)  # [B T, D]
+    for part in token_slices(len(found), vocab_size=vocab_size, max_bytes=_LOGITS_BYTES):
+        error.add(head(found[part]), head(expected[part]))
+    return error.value
+
+
+def _progress(done: int, total: int) -> ProgressEvent:
+    return ProgressEvent("comparing forms", done, total, "layers")

@@ -1,0 +1,204 @@
+"""How well a checkpoint predicts a text, and how far it is from the model it was made from.
+
+Teacher and student run side by side, one layer at a time, the hidden states of all tokens
+carried: memory holds one layer of each and, per stream, tokens x width. Nothing here is a
+verdict; the numbers have no bound.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.errors import CheckpointError, VerificationError
+from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.loading import LayerLoader, open_layers
+from kimi_convert.model.text import PackedText
+from kimi_convert.validation.metrics import RelativeSquaredError
+from kimi_convert.validation.options import Check, ValidationOptions
+from kimi_convert.validation.report import LayerErrors, ModelScores, QualityReport
+from kimi_convert.validation.scores import Stream, score_tokens, summarise
+
+
+@dataclass(slots=True)
+class _Streams:
+    """The hidden states [N, T, D] of every model, replaced layer by layer."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor | None
+    ablated: torch.Tensor | None  # the student with converted mixers switched off
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerSums:
+    """The errors of one layer while they are added up over batches."""
+
+    hidden: RelativeSquaredError = field(default_factory=RelativeSquaredError)
+    mixer_output: RelativeSquaredError = field(default_factory=RelativeSquaredError)
+    teacher_forced: RelativeSquaredError = field(default_factory=RelativeSquaredError)
+
+
+@torch.inference_mode()
+def measure_quality(
+    checkpoint: Path,
+    text: PackedText,
+    *,
+    teacher: Path | None,
+    options: ValidationOptions,
+    on_progress: ProgressCallback,
+) -> QualityReport:
+    """Measure losses, and with a teacher also divergences and the errors of every layer.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or the teacher's values are not finite.
+        VerificationError: the student's values are not finite.
+    """
+    with ExitStack() as stack:
+        student = stack.enter_context(_open(checkpoint, options))
+        guide = stack.enter_context(_open(teacher, options)) if teacher else None
+        converted = converted_layers(student.config, guide.config if guide else None)
+        streams = _embed(student, guide, text.tokens[:, :-1].to(options.device))
+        if converted and Check.ABLATION in options.checks:
+            streams.ablated = streams.student.clone()
+        layers: list[LayerErrors] = []
+        num_layers = student.config.num_layers
+        for layer_idx in range(num_layers):
+            on_progress(ProgressEvent("running layers", layer_idx, num_layers, "layers"))
+            sums = _run_layer(
+                student.layer(layer_idx),
+                guide.layer(layer_idx) if guide else None,
+                streams,
+                switched_off=layer_idx in converted,
+                batch_rows=options.batch_rows,
+            )
+            _check_finite(streams, checkpoint, teacher, layer_idx)
+            if guide:
+                layers.append(_layer_errors(student, layer_idx, converted, sums))
+        on_progress(ProgressEvent("running layers", num_layers, num_layers, "layers"))
+        scores = _score(student, guide, streams, text, on_progress)
+    return QualityReport(
+        student=scores["student"],
+        teacher=scores.get("teacher"),
+        ablated=scores.get("ablated"),
+        layers=tuple(layers),
+    )
+
+
+def converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> frozenset[int]:
+    """Return the layers that are KDA in the student and not in the teacher, from 0."""
+    if teacher is None:
+        return frozenset()
+    return frozenset(student.kda_layers) - frozenset(teacher.kda_layers)
+
+
+def _open(folder: Path, options: ValidationOptions) -> AbstractContextManager[LayerLoader]:
+    return open_layers(
+        folder, dtype=options.torch_dtype, device=options.device, numerics=options.numerics
+    )
+
+
+def _embed(student: LayerLoader, teacher: LayerLoader | None, tokens: torch.Tensor) -> _Streams:
+    return _Streams(
+        student=student.embedding()(tokens),
+        teacher=teacher.embedding()(tokens) if teacher else None,
+        ablated=None,
+    )
+
+
+def _run_layer(
+    student: DecoderLayer,
+    teacher: DecoderLayer | None,
+    streams: _Streams,
+    *,
+    switched_off: bool,
+    batch_rows: int,
+) -> _LayerSums:
+    """Advance every stream by one layer, in place, a batch of sequences at a time."""
+    sums = _LayerSums()
+    for start in range(0, len(streams.student), batch_rows):
+        rows = slice(start, start + batch_rows)
+        before = streams.student[rows]
+        mixed = student.mix(before)
+        after = _finish(student, before, mixed)
+        if teacher is not None:
+            assert streams.teacher is not None
+            guide = streams.teacher[rows]
+            expected = teacher.mix(guide)
+            sums.mixer_output.add(mixed, expected)
+            sums.teacher_forced.add(student.mix(guide), expected)
+            streams.teacher[rows] = _finish(teacher, guide, expected)
+            sums.hidden.add(after, streams.teacher[rows])
+        if streams.ablated is not None:
+            bare = streams.ablated[rows]
+            off = torch.zeros_like(bare) if switched_off else student.mix(bare)
+            streams.ablated[rows] = _finish(student, bare, off)
+        streams.student[rows] = after
+    return sums
+
+
+def _finish(layer: DecoderLayer, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    hidden = hidden + mixed
+    return hidden + layer.feed_forward(hidden)
+
+
+def _check_finite(
+    streams: _Streams, checkpoint: Path, teacher: Path | None, layer_idx: int
+) -> None:
+    found = f"NaN or Inf after layer {layer_idx}"
+    if streams.teacher is not None and not streams.teacher.isfinite().all():
+        raise CheckpointError(
+            "teacher gives values that are not finite",
+            where=teacher,
+            found=found,
+            hint="Validate the teacher on its own, or compute in float32.",
+        )
+    if not streams.student.isfinite().all():
+        raise VerificationError(
+            "checkpoint gives values that are not finite", where=checkpoint, found=found
+        )
+
+
+def _layer_errors(
+    student: LayerLoader, layer_idx: int, converted: frozenset[int], sums: _LayerSums
+) -> LayerErrors:
+    return LayerErrors(
+        layer_idx=layer_idx,
+        mixer="kda" if layer_idx in student.config.kda_layers else "mla",
+        converted=layer_idx in converted,
+        hidden=sums.hidden.value,
+        mixer_output=sums.mixer_output.value,
+        teacher_forced=sums.teacher_forced.value,
+    )
+
+
+def _score(
+    student: LayerLoader,
+    teacher: LayerLoader | None,
+    streams: _Streams,
+    text: PackedText,
+    on_progress: ProgressCallback,
+) -> dict[str, ModelScores]:
+    """Return the scores of each model that ran, by its name in the report."""
+    head = student.head()
+    students = {"student": streams.student, "ablated": streams.ablated}
+    running = {name: Stream(at, head) for name, at in students.items() if at is not None}
+    guide = None
+    if teacher is not None:
+        assert streams.teacher is not None
+        guide = Stream(streams.teacher, teacher.head())
+    scored, of_teacher = score_tokens(
+        text.tokens[:, 1:],
+        students=list(running.values()),
+        teacher=guide,
+        vocab_size=student.config.vocab_size,
+        on_progress=on_progress,
+    )
+    named = dict(zip(running, scored, strict=True))
+    if of_teacher is not None:
+        named["teacher"] = of_teacher
+    return {name: summarise(scores, text.kinds) for name, scores in named.items()}

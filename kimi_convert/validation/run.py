@@ -1,0 +1,203 @@
+"""Validate a checkpoint: integrity, consistency of its forms, quality on a text."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kimi_convert import __version__
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.progress import ProgressCallback, ignore_progress
+from kimi_convert.errors import VerificationError
+from kimi_convert.validation.consistency import measure_consistency
+from kimi_convert.validation.integrity import TENSORS, check_integrity
+from kimi_convert.validation.options import Check, ValidationOptions
+from kimi_convert.validation.quality import converted_layers, measure_quality
+from kimi_convert.validation.report import (
+    ConsistencyReport,
+    Environment,
+    Finding,
+    NotRun,
+    QualityReport,
+    Severity,
+    ValidationReport,
+)
+from kimi_convert.validation.sample import (
+    Sample,
+    check_comparable,
+    leading_tokens,
+    random_tokens,
+    read_sample,
+)
+
+# A checkpoint with such errors is not run: its numbers would say nothing.
+_DAMAGE = (TENSORS, Check.VALUES)
+_DEFAULTS = ValidationOptions()
+
+
+def validate_checkpoint(
+    checkpoint: Path,
+    *,
+    teacher: Path | None = None,
+    text: Path | None = None,
+    options: ValidationOptions = _DEFAULTS,
+    on_progress: ProgressCallback = ignore_progress,
+) -> ValidationReport:
+    """Check that a checkpoint is whole and consistent, and measure what it is worth.
+
+    What is wrong becomes a finding of the report. Quality is measured where there is a text; its
+    numbers never make validation fail.
+
+    Args:
+        checkpoint: a folder of any supported architecture.
+        teacher: the checkpoint that it was converted from, to compare with.
+        text: a `.jsonl` or `.txt` file to measure on; without it, random tokens are run.
+        options: which checks, on how much text, in which arithmetic.
+        on_progress: told how far each part is.
+
+    Raises:
+        ConfigError: a config.json is missing or not valid.
+        CheckpointError: a folder is not a readable checkpoint, or teacher and checkpoint cannot
+            be compared.
+        InputError: the text or a tokenizer is not valid.
+    """
+    config = read_config(checkpoint)
+    guide = None if teacher is None else read_config(teacher)
+    if guide is not None:
+        check_comparable(config, guide, where=teacher)
+    sample = _sample(checkpoint, config, teacher=teacher, text=text, options=options)
+    integrity, found = check_integrity(
+        checkpoint, config, checks=options.checks, on_progress=on_progress
+    )
+    not_run = _not_run(options, sample, found, converted=converted_layers(config, guide))
+    skipped = {one.check for one in not_run}
+    job = _Job(checkpoint, teacher, config, options, on_progress)
+    consistency, inconsistent = (
+        (None, ()) if Check.CONSISTENCY in skipped else _consistency(job, sample)
+    )
+    quality, unmeasured = (None, ()) if Check.QUALITY in skipped else _quality(job, sample)
+    return ValidationReport(
+        checkpoint=str(checkpoint),
+        model_type=config.model_type,
+        teacher=None if teacher is None else str(teacher),
+        integrity=integrity,
+        consistency=consistency,
+        quality=quality,
+        text=sample.facts if sample else None,
+        findings=(*found, *inconsistent, *unmeasured),
+        not_run=not_run,
+        options=options,
+        environment=_environment(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every measurement needs."""
+
+    checkpoint: Path
+    teacher: Path | None
+    config: ModelConfig
+    options: ValidationOptions
+    on_progress: ProgressCallback
+
+
+def _sample(
+    checkpoint: Path,
+    config: ModelConfig,
+    *,
+    teacher: Path | None,
+    text: Path | None,
+    options: ValidationOptions,
+) -> Sample | None:
+    if text is None:
+        return None
+    return read_sample(
+        text,
+        checkpoint=checkpoint,
+        teacher=teacher,
+        vocab_size=config.vocab_size,
+        options=options,
+    )
+
+
+def _not_run(
+    options: ValidationOptions,
+    sample: Sample | None,
+    found: Iterable[Finding],
+    *,
+    converted: frozenset[int],
+) -> tuple[NotRun, ...]:
+    """Say which checks are not made; the first reason that holds is given."""
+    damaged = any(
+        finding.severity is Severity.ERROR and finding.check in _DAMAGE for finding in found
+    )
+    runs = {Check.CONSISTENCY, Check.QUALITY, Check.ABLATION}
+    measures = {Check.QUALITY, Check.ABLATION}
+    reasons = (
+        (frozenset(Check) - options.checks, "left out by the options"),
+        (runs if damaged else (), "the checkpoint is damaged"),
+        (measures if sample is None else (), "no text was given"),
+        ({Check.ABLATION} if not converted else (), "no teacher with other mixers was given"),
+    )
+    why: dict[Check, str] = {}
+    for checks, reason in reasons:
+        for check in checks:
+            why.setdefault(check, reason)
+    return tuple(NotRun(check, why[check]) for check in Check if check in why)
+
+
+def _consistency(
+    job: _Job, sample: Sample | None
+) -> tuple[ConsistencyReport, tuple[Finding, ...]]:
+    if sample is None:
+        tokens, source = random_tokens(job.config.vocab_size, job.options), "random"
+    else:
+        tokens, source = leading_tokens(sample, job.options), "text"
+    report = measure_consistency(
+        job.checkpoint, tokens, source=source, options=job.options, on_progress=job.on_progress
+    )
+    return report, tuple(
+        Finding(
+            Severity.ERROR,
+            Check.CONSISTENCY,
+            str(job.checkpoint),
+            f"{form.form} gives other logits than a chunked prefill",
+            f"a relative error of at most {report.bound:.1e}",
+            f"{form.max_relative_error:.1e}",
+        )
+        for form in report.forms
+        if not form.passed
+    )
+
+
+def _quality(job: _Job, sample: Sample | None) -> tuple[QualityReport | None, tuple[Finding, ...]]:
+    assert sample is not None
+    try:
+        report = measure_quality(
+            job.checkpoint,
+            sample.packed,
+            teacher=job.teacher,
+            options=job.options,
+            on_progress=job.on_progress,
+        )
+    except VerificationError as error:
+        return None, (
+            Finding(Severity.ERROR, Check.QUALITY, error.where, error.message, found=error.found),
+        )
+    return report, ()
+
+
+def _environment() -> Environment:
+    return Environment(
+        kimi_convert=__version__,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        system=platform.platform(),
+        threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,36 @@
+"""Run the command line as a user does: in a process of its own, its streams in pipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kimi_convert
+
+PACKAGE_PARENT = Path(kimi_convert.__file__).parents[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
+    return {**kept, "PYTHONPATH": str(PACKAGE_PARENT), "OMP_NUM_THREADS": "1", **extra}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "kimi_convert", *map(str, arguments)]
+
+
+def run_cli(
+    *arguments: object, cwd: Path | None = None, stdin: str = "", **extra: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(**extra),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,1 @@
+"""Our models against independent implementations; the only code that imports them."""
