@@ -61,7 +61,12 @@ class Entry:
     shape: tuple[int, ...]
     storage: Storage
     layer_idx: int | None
+    expert_idx: int | None
     aliases: tuple[str, ...]
+
+    def fill(self, template: str) -> str:
+        """Fill another template with this tensor's layer and expert."""
+        return template.format(layer=self.layer_idx, expert=self.expert_idx)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +126,9 @@ def expand(names: Iterable[Name], layout: Layout) -> tuple[Entry, ...]:
 def expand_drops(drops: Iterable[Drop], layout: Layout) -> dict[str, str]:
     """Return the reason for every name that may be dropped."""
     return {
-        name: drop.why
+        drop.checkpoint.format(layer=layer_idx, expert=expert_idx): drop.why
         for drop in drops
-        for _, name in _instances(drop.checkpoint, drop.where, layout)
+        for layer_idx, expert_idx in _places(drop.checkpoint, drop.where, layout)
     }
 
 
@@ -171,38 +176,33 @@ def match(
 
 def _expand_row(row: Name, layout: Layout) -> Iterator[Entry]:
     shape = tuple(layout.axes[axis] for axis in row.shape)
-    params = _instances(row.param, row.where, layout)
-    names = _instances(row.checkpoint, row.where, layout)
-    aliases = zip(*(_instances(alias, row.where, layout) for alias in row.aliases), strict=True)
-    spare = [tuple(name for _, name in group) for group in aliases]
-    for at, ((layer_idx, param), (_, name)) in enumerate(zip(params, names, strict=True)):
+    for layer_idx, expert_idx in _places(row.param, row.where, layout):
         yield Entry(
-            param=param,
+            param=row.param.format(layer=layer_idx, expert=expert_idx),
             template=row.param,
-            name=name,
+            name=row.checkpoint.format(layer=layer_idx, expert=expert_idx),
             shape=shape,
             storage=row.storage,
             layer_idx=layer_idx,
-            aliases=spare[at] if spare else (),
+            expert_idx=expert_idx,
+            aliases=tuple(
+                alias.format(layer=layer_idx, expert=expert_idx) for alias in row.aliases
+            ),
         )
 
 
-def _instances(template: str, where: str, layout: Layout) -> list[tuple[int | None, str]]:
-    """Fill a template for every layer of a set and every expert."""
+def _places(
+    template: str, where: str, layout: Layout
+) -> Iterator[tuple[int | None, int | None]]:
+    """Give every layer of a set with every expert; None for what the template does not ask."""
     holes = {hole for _, hole, _, _ in Formatter().parse(template) if hole}
     layers = layout.layers[where]
     if not layers:
-        return []
-    places: list[tuple[int | None, dict[str, int]]] = (
-        [(layer, {"layer": layer}) for layer in layers] if "layer" in holes else [(None, {})]
-    )
-    if "expert" in holes:
-        places = [
-            (layer, {**at, "expert": expert})
-            for layer, at in places
-            for expert in range(layout.num_experts)
-        ]
-    return [(layer, template.format(**at)) for layer, at in places]
+        return
+    experts = range(layout.num_experts) if "expert" in holes else (None,)
+    for layer_idx in layers if "layer" in holes else (None,):
+        for expert_idx in experts:
+            yield layer_idx, expert_idx
 
 
 def _uncovered(missing: list[str], unknown: list[str], where: object) -> CheckpointError:

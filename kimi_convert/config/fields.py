@@ -100,6 +100,10 @@ class Fields:
         value = self.mapping(name)
         return None if value is None else Fields(value, where=self._where, prefix=f"{name}.")
 
+    def raw(self, name: str) -> object:
+        """Return a field of any type as it stands, or None where it is missing."""
+        return self._value((name,), None)
+
     def expect(self, name: str, *allowed: object) -> None:
         """Require that a field, where present, has one of the allowed values; it stays carried."""
         value = self._document.get(name)

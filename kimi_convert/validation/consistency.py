@@ -24,7 +24,7 @@ from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.cache import LayerCache, new_cache
 from kimi_convert.model.kda import KdaForm
-from kimi_convert.model.loading import open_layers
+from kimi_convert.model.loading import LayerLoader, open_layers
 from kimi_convert.model.moe import Routing
 from kimi_convert.validation.metrics import MaxRelativeError, token_slices
 from kimi_convert.validation.options import ValidationOptions
@@ -106,40 +106,39 @@ def measure_consistency(
         device=options.device,
         numerics=options.numerics,
     ) as layers:
-        config = layers.config
-        forms = [form for form in _FORMS if config.kda_layers or not form.needs_kda]
+        num_layers = layers.config.num_layers
+        forms = [form for form in _FORMS if layers.config.kda_layers or not form.needs_kda]
         embedded = layers.embedding()(tokens.to(options.device))  # [B, T, D]
-        hidden = {form.name: embedded for form in (_PREFILL, *forms)}
-        rerouted = dict.fromkeys(hidden, 0)
-        for layer_idx in range(config.num_layers):
-            on_progress(_progress(layer_idx, config.num_layers))
-            layer = layers.layer(layer_idx)
-            with _same_experts(layer) as choices:
-                for form in (_PREFILL, *forms):
-                    past = new_cache(config, len(tokens), dtype=layers.dtype, device=layers.device)
-                    cache = past.layers[layer_idx]
-                    hidden[form.name] = _run(layer, hidden[form.name], cache, form)
-                    rerouted[form.name] += choices.rerouted
-        on_progress(_progress(config.num_layers, config.num_layers))
+        streams = {form: _Stream(embedded) for form in (_PREFILL, *forms)}
+        for layer_idx in range(num_layers):
+            on_progress(ProgressEvent("comparing forms", layer_idx, num_layers, "layers"))
+            _run_layer(layers, layer_idx, streams)
+        on_progress(ProgressEvent("comparing forms", num_layers, num_layers, "layers"))
         head = layers.head()
-        expected = hidden[_PREFILL.name]
+        expected = streams.pop(_PREFILL).hidden
         errors = {
-            form.name: _logits_error(
-                head, hidden[form.name], expected, vocab_size=config.vocab_size
-            )
-            for form in forms
+            form: _logits_error(head, stream.hidden, expected, vocab_size=layers.config.vocab_size)
+            for form, stream in streams.items()
         }
-    bound = _BOUNDS[layers.dtype](config.num_layers)
+    bound = _BOUNDS[options.torch_dtype](num_layers)
     return ConsistencyReport(
         tokens=source,
         sequences=tokens.shape[0],
         sequence_length=tokens.shape[1],
         bound=bound,
         forms=tuple(
-            FormError(name, error, rerouted[name], error <= bound)
-            for name, error in errors.items()
+            FormError(form.name, error, streams[form].rerouted, error <= bound)
+            for form, error in errors.items()
         ),
     )
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The tokens of one form on their way through the layers."""
+
+    hidden: torch.Tensor  # [B, T, D]
+    rerouted: int = 0
 
 
 class _Choices:
@@ -169,17 +168,28 @@ def _same_experts(layer: DecoderLayer) -> Generator[_Choices]:
             hook.remove()
 
 
-def _run(
+def _run_layer(layers: LayerLoader, layer_idx: int, streams: Mapping[_Form, _Stream]) -> None:
+    """Load one layer, and advance every stream by it."""
+    layer = layers.layer(layer_idx)
+    with _same_experts(layer) as choices:
+        for form, stream in streams.items():
+            cache = new_cache(
+                layers.config, len(stream.hidden), dtype=layers.dtype, device=layers.device
+            )
+            mixed = _mix(layer, stream.hidden, cache.layers[layer_idx], form)
+            # The feed-forward sees each token alone: how tokens are cut is nothing to it.
+            hidden = stream.hidden + mixed
+            stream.hidden = hidden + layer.feed_forward(hidden)
+            stream.rerouted += choices.rerouted
+
+
+def _mix(
     layer: DecoderLayer, hidden: torch.Tensor, cache: LayerCache, form: _Form
 ) -> torch.Tensor:
     if form.pieces is None:
-        mixed = layer.mix(hidden, kda_form=form.kda_form)
-    else:
-        parts = hidden.split(form.pieces(hidden.shape[1]), 1)
-        mixed = torch.cat([layer.mix(part, cache, kda_form=form.kda_form) for part in parts], 1)
-    # The feed-forward sees each token alone: pieces of tokens make no difference to it.
-    hidden = hidden + mixed
-    return hidden + layer.feed_forward(hidden)
+        return layer.mix(hidden, kda_form=form.kda_form)
+    parts = hidden.split(form.pieces(hidden.shape[1]), 1)
+    return torch.cat([layer.mix(part, cache, kda_form=form.kda_form) for part in parts], 1)
 
 
 def _logits_error(
@@ -194,7 +204,3 @@ def _logits_error(
     for part in token_slices(len(found), vocab_size=vocab_size, max_bytes=_LOGITS_BYTES):
         error.add(head(found[part]), head(expected[part]))
     return error.value
-
-
-def _progress(done: int, total: int) -> ProgressEvent:
-    return ProgressEvent("comparing forms", done, total, "layers")

@@ -138,17 +138,18 @@ def _not_run(
         finding.severity is Severity.ERROR and finding.check in _DAMAGE for finding in found
     )
     runs = {Check.CONSISTENCY, Check.QUALITY, Check.ABLATION}
-    measures = {Check.QUALITY, Check.ABLATION}
     reasons = (
         (frozenset(Check) - options.checks, "left out by the options"),
         (runs if damaged else (), "the checkpoint is damaged"),
-        (measures if sample is None else (), "no text was given"),
+        ({Check.QUALITY} if sample is None else (), "no text was given"),
         ({Check.ABLATION} if not converted else (), "no teacher with other mixers was given"),
     )
     why: dict[Check, str] = {}
     for checks, reason in reasons:
         for check in checks:
             why.setdefault(check, reason)
+    if Check.QUALITY in why:
+        why.setdefault(Check.ABLATION, why[Check.QUALITY])
     return tuple(NotRun(check, why[check]) for check in Check if check in why)
 
 

@@ -86,6 +86,7 @@ def _layer_sets(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "dense": tuple(i for i in every if i not in set(moe_layers)),
         "moe": moe_layers,
         "moe_bias": moe_layers if biased else (),
+        "moe_unbiased": () if biased else moe_layers,
         "moe_shared": moe_layers if shared else (),
         "untied": () if config.tie_word_embeddings else every,
         "mtp": mtp,

@@ -14,7 +14,8 @@ from kimi_convert.checkpoints.index import open_index
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.errors import CheckpointError
 from kimi_convert.model.names.layout import expected_entries
-from kimi_convert.validation.integrity import check_integrity, find_non_finite
+from kimi_convert.checkpoints.finite import find_non_finite
+from kimi_convert.validation.integrity import check_integrity
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.report import Severity
 from tests.tiny import write_tiny_checkpoint
@@ -123,7 +124,7 @@ def test_every_bit_pattern_is_judged_as_torch_judges_it(dtype):
 def test_values_beyond_the_first_chunk_are_counted_and_placed(tmp_path, monkeypatch):
     write_hybrid(tmp_path)
     name = "model.embed_tokens.weight"
-    for at in (3 * 32, 250 * 32 + 31):
+    for at in (40 * 32, 250 * 32 + 31):
         plant(tmp_path, name, math.inf, at=at)
     plant(tmp_path, name, math.nan, at=299 * 32)
     monkeypatch.setattr(
@@ -131,7 +132,7 @@ def test_values_beyond_the_first_chunk_are_counted_and_placed(tmp_path, monkeypa
         {"chunk_bytes": 4096},
     )
     (found,) = findings(tmp_path, VALUES)
-    assert found.found == f"1 NaN and 2 Inf of {300 * 32}, the first at [3, 0]"
+    assert found.found == f"1 NaN and 2 Inf of {300 * 32}, the first at [40, 0]"
 
 
 def test_values_and_hashes_are_looked_at_only_where_asked_for(tmp_path):

@@ -1,0 +1,130 @@
+"""`kimi-convert plan`: what a conversion would read, make and write; nothing is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kimi_convert.commands._numbers import bytes_text, layers_text
+from kimi_convert.commands._options import (
+    DEFAULT_MAX_SHARD_SIZE,
+    JsonOpt,
+    MaxShardSizeOpt,
+    QuietOpt,
+    RecipeOpt,
+    SourceArg,
+    VerboseOpt,
+)
+from kimi_convert.commands._output import Output
+from kimi_convert.commands._report import Facts, Report, Table
+
+if TYPE_CHECKING:
+    from kimi_convert.conversion import ConversionPlan
+    from kimi_convert.conversion.plan import TensorTask
+
+EXAMPLE = "kimi-convert plan ./Moonlight-16B-A3B --recipe recipe.toml"
+_SHOWN_TARGETS = 4
+
+
+def plan(
+    source: SourceArg,
+    recipe: RecipeOpt = None,
+    max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Show what a conversion would do, to the byte, without doing it.
+
+    With --json every tensor is listed, with its operation and its sources.
+    """
+    from kimi_convert.checkpoints.byte_size import parse_byte_size
+    from kimi_convert.config.recipe import load_recipe
+    from kimi_convert.conversion import plan_conversion
+
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    made = plan_conversion(
+        source, load_recipe(recipe), max_shard_bytes=parse_byte_size(max_shard_size)
+    )
+    output.show(made, lambda: plan_report(made))
+
+
+def plan_report(plan: ConversionPlan) -> Report:
+    """Return what `plan` shows."""
+    sections = (_sizes(plan), _layers(plan), _rules(plan), runtimes_table(plan), _recipe(plan))
+    return (*sections, _dropped(plan)) if plan.dropped else sections
+
+
+def runtimes_table(plan: ConversionPlan) -> Table:
+    """Return which runtimes load the output, and why others do not."""
+    rows = tuple(
+        (support.runtime, "yes" if support.loads else "no", "; ".join(support.reasons))
+        for support in plan.runtimes
+    )
+    return Table("Runtimes that load the output", ("runtime", "loads", "why not"), rows)
+
+
+def _sizes(plan: ConversionPlan) -> Facts:
+    return Facts(
+        f"Conversion of {plan.source}",
+        (
+            (
+                "architecture",
+                f"{plan.source_config.model_type} to {plan.target_config.model_type}",
+            ),
+            ("to read", bytes_text(plan.read_bytes)),
+            (
+                "to write",
+                f"{bytes_text(plan.write_bytes)} of weights in {len(plan.shards.shards)} files",
+            ),
+            ("copied bit for bit", bytes_text(plan.copied_bytes)),
+            ("tensors in memory", f"{bytes_text(plan.peak_memory_bytes)} at most"),
+        ),
+    )
+
+
+def _layers(plan: ConversionPlan) -> Table:
+    target = plan.target_config
+    mixers = (("MLA to KDA", target.kda_layers), ("MLA stays, without RoPE", target.mla_layers))
+    rows = tuple((what, str(len(layers)), layers_text(layers)) for what, layers in mixers)
+    return Table("Layers, counted from 0", ("mixer", "layers", "which"), rows, right=("layers",))
+
+
+def _rules(plan: ConversionPlan) -> Table:
+    tensors: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    targets: dict[str, dict[str, None]] = {}  # a set that keeps its order
+    for task in plan.tasks:
+        tensors[task.op] += 1
+        nbytes[task.op] += task.tensor.nbytes
+        targets.setdefault(task.op, {})[_kind(task)] = None
+    rows = tuple(
+        (op, str(tensors[op]), bytes_text(nbytes[op]), _listed(tuple(kinds)))
+        for op, kinds in targets.items()
+    )
+    return Table("Rules", ("rule", "tensors", "size", "makes"), rows, right=("tensors", "size"))
+
+
+def _kind(task: TensorTask) -> str:
+    """Return a parameter's name without layer and expert."""
+    fields = [field for field in task.param.split(".") if not field.isdigit()]
+    return ".".join(fields).removeprefix("layers.").removesuffix(".weight")
+
+
+def _listed(kinds: tuple[str, ...]) -> str:
+    more = len(kinds) - _SHOWN_TARGETS
+    shown = ", ".join(kinds[:_SHOWN_TARGETS])
+    return f"{shown} and {more} more kinds" if more > 0 else shown
+
+
+def _recipe(plan: ConversionPlan) -> Facts:
+    fields = plan.recipe.to_json().items()
+    return Facts("Recipe", tuple((name, str(value)) for name, value in fields))
+
+
+def _dropped(plan: ConversionPlan) -> Table:
+    reasons = Counter(dropped.why for dropped in plan.dropped)
+    rows = tuple((str(count), why) for why, count in reasons.items())
+    return Table(
+        "In the source, but not carried over", ("tensors", "why"), rows, right=("tensors",)
+    )

@@ -1,0 +1,184 @@
+"""The recipe of a conversion: which layers stay, and what the new ones start from. TOML or defaults.
+
+    [layers]
+    keep = "released"            # every 4th layer and the last, or a list counted from 0
+    [mla]
+    rope = "drop"                # what becomes of the rotated part of layers that stay
+    [kda]
+    short_conv_size = 4
+    qk_rms = 8.0
+    v_rms = 0.3
+    half_life_tokens = [0.3, 10.0]
+    output_scale = 0.4
+    seed = 0
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import cast
+
+from kimi_convert.config.fields import Fields
+from kimi_convert.errors import ConfigError, RecipeError
+
+_MAX_RECIPE_BYTES = 1024 * 1024
+_RELEASED = "released"
+_RELEASED_PERIOD = 4
+
+
+class RopeHandling(StrEnum):
+    """What becomes of RoPE in MLA layers that stay; Kimi-Linear rotates nothing."""
+
+    DROP = "drop"  # the rotated part of every query becomes 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Every choice of a conversion.
+
+    The defaults of the KDA fields were chosen on `examples/text/calibration.jsonl` with the
+    bundled checkpoint; docs/conversion.md has the measurements.
+    """
+
+    keep_layers: tuple[int, ...] | None = None  # stay MLA, from 0; None: the released pattern
+    rope: RopeHandling = RopeHandling.DROP
+    short_conv_size: int = 4
+    qk_rms: float = 8.0  # of q and k before SiLU; above 1, SiLU makes them mostly positive
+    v_rms: float = 0.3  # of v before SiLU; below 1, SiLU stays close to linear
+    half_life_tokens: tuple[float, float] = (0.3, 10.0)  # shortest and longest key channel
+    output_scale: float = 0.4  # of a mixer's output against the teacher's values
+    seed: int = 0  # of the down-projections of the gates, which start without effect
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no weight can be made from."""
+        positive = {
+            "kda.short_conv_size": self.short_conv_size,
+            "kda.qk_rms": self.qk_rms,
+            "kda.v_rms": self.v_rms,
+            "kda.output_scale": self.output_scale,
+        }
+        for name, value in positive.items():
+            _require(0 < value <= 1e4, name, "above 0 and at most 10000", value)
+        _require(self.short_conv_size <= 16, "kda.short_conv_size", "at most 16", self.short_conv_size)  # noqa: PLR2004
+        shortest, longest = self.half_life_tokens
+        _require(
+            1e-2 <= shortest <= longest <= 1e7,  # noqa: PLR2004
+            "kda.half_life_tokens",
+            "two numbers from 0.01 to 10000000, the shorter first",
+            list(self.half_life_tokens),
+        )
+        _require(0 <= self.seed < 2**31, "kda.seed", "0 to 2147483647", self.seed)
+
+    def kept_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers that stay MLA in a model of `num_layers` layers, from 0.
+
+        Raises:
+            RecipeError: the list names a layer that the model does not have, or keeps all.
+        """
+        if self.keep_layers is None:
+            fourth = range(_RELEASED_PERIOD - 1, num_layers, _RELEASED_PERIOD)
+            return tuple(sorted({*fourth, num_layers - 1}))
+        outside = [layer for layer in self.keep_layers if not 0 <= layer < num_layers]
+        _require(not outside, "layers.keep", f"layers from 0 to {num_layers - 1}", outside)
+        _require(
+            len(self.keep_layers) < num_layers,
+            "layers.keep",
+            "at least one layer to convert",
+            "all layers kept",
+        )
+        return self.keep_layers
+
+    def to_json(self) -> dict[str, object]:
+        """Return every field, defaults included."""
+        document = asdict(self)
+        document["keep_layers"] = _RELEASED if self.keep_layers is None else list(self.keep_layers)
+        document["half_life_tokens"] = list(self.half_life_tokens)
+        return document
+
+
+def load_recipe(path: Path | None) -> Recipe:
+    """Read a recipe file; None gives the defaults.
+
+    Raises:
+        RecipeError: the file is missing, is not TOML, or has an unknown or wrong field.
+    """
+    if path is None:
+        return Recipe()
+    try:
+        if path.stat().st_size > _MAX_RECIPE_BYTES:
+            raise RecipeError("recipe file is too large", where=path, expected="at most 1 MiB")
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError("recipe file is missing", where=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError("recipe file is not readable TOML", where=path, found=error) from error
+    try:
+        return _parse(document, path)
+    except ConfigError as error:
+        raise RecipeError(
+            error.message.replace("config field", "recipe field"),
+            where=path,
+            expected=error.expected,
+            found=error.found,
+            hint=f"Fields and defaults: {sorted(Recipe().to_json())}.",
+        ) from error
+    except RecipeError as error:
+        error.where = error.where or str(path)
+        raise
+
+
+def _parse(document: Mapping[str, object], path: Path) -> Recipe:
+    defaults = Recipe()
+    top = Fields(document, where=path)
+    empty = Fields({}, where=path)
+    layers = top.nested("layers") or empty
+    mla = top.nested("mla") or empty
+    kda = top.nested("kda") or empty
+    recipe = Recipe(
+        keep_layers=_keep_layers(layers),
+        rope=_rope(mla.text("rope", default=defaults.rope)),
+        short_conv_size=kda.integer("short_conv_size", default=defaults.short_conv_size),
+        qk_rms=kda.number("qk_rms", default=defaults.qk_rms),
+        v_rms=kda.number("v_rms", default=defaults.v_rms),
+        half_life_tokens=_half_lives(kda.raw("half_life_tokens")) or defaults.half_life_tokens,
+        output_scale=kda.number("output_scale", default=defaults.output_scale),
+        seed=kda.integer("seed", default=defaults.seed),
+    )
+    for section in (top, layers, mla, kda):
+        section.refuse_rest()
+    return recipe
+
+
+def _keep_layers(layers: Fields) -> tuple[int, ...] | None:
+    stated = layers.raw("keep")
+    if stated in (None, _RELEASED):
+        return None
+    listed = layers.integers("keep")
+    _require(isinstance(stated, list), "layers.keep", f"{_RELEASED!r} or a list", stated)
+    _require(len(set(listed)) == len(listed), "layers.keep", "each layer once", list(listed))
+    return tuple(sorted(listed))
+
+
+def _rope(text: str) -> RopeHandling:
+    _require(text in {*RopeHandling}, "mla.rope", " or ".join(RopeHandling), repr(text))
+    return RopeHandling(text)
+
+
+def _half_lives(stated: object) -> tuple[float, float] | None:
+    if stated is None:
+        return None
+    pair = cast("list[object]", stated) if isinstance(stated, list) else []
+    numbers = [one for one in pair if isinstance(one, int | float) and not isinstance(one, bool)]
+    _require(len(numbers) == len(pair) == 2, "kda.half_life_tokens", "two numbers", stated)  # noqa: PLR2004
+    return float(numbers[0]), float(numbers[1])
+
+
+def _require(holds: bool, field_name: str, expected: object, found: object) -> None:
+    if not holds:
+        raise RecipeError(
+            f"recipe field {field_name!r} is not valid", expected=expected, found=found
+        )

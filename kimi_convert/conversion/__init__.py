@@ -1,0 +1,20 @@
+"""Turn an MLA checkpoint into a Kimi-Linear hybrid: plan it, then carry the plan out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from kimi_convert.conversion.plan import ConversionPlan, plan_conversion
+
+if TYPE_CHECKING:
+    from kimi_convert.conversion.engine import ConversionResult, convert_checkpoint
+
+__all__ = ["ConversionPlan", "ConversionResult", "convert_checkpoint", "plan_conversion"]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch when it is first asked for."""
+    if name in ("ConversionResult", "convert_checkpoint"):
+        return getattr(import_module("kimi_convert.conversion.engine"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,196 @@
+"""Carry out a plan: read, transform, write, free, tensor by tensor in the order of the files.
+
+What is copied streams through one buffer; what is made is in memory alone, with its sources.
+The output folder appears whole or not at all, and the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
+from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
+from kimi_convert.checkpoints.reader import CheckpointReader
+from kimi_convert.checkpoints.shard_plan import PlannedShard
+from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
+from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.config.huggingface import config_to_json
+from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.plan import (
+    DEFAULT_MAX_SHARD_BYTES,
+    ConversionPlan,
+    TensorTask,
+    plan_conversion,
+)
+from kimi_convert.conversion.provenance import (
+    CONVERSION_FILE,
+    SourceHashes,
+    carried_files,
+    provenance,
+)
+from kimi_convert.conversion.rules import Op
+from kimi_convert.conversion.transforms import TRANSFORMS, Job
+from kimi_convert.errors import CheckpointError
+
+_STAGE = "converting"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionResult:
+    """What a finished conversion wrote."""
+
+    output: Path
+    plan: ConversionPlan
+    files: tuple[WrittenFile, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `convert --json` prints."""
+        summary = self.plan.to_json()
+        del summary["tensors"]
+        return {
+            **summary,
+            "output": str(self.output),
+            "seconds": round(self.seconds, 3),
+            "files": [
+                {"name": file.name, "size": file.nbytes, "sha256": file.sha256}
+                for file in self.files
+            ],
+        }
+
+
+def convert_checkpoint(
+    source: Path,
+    output: Path,
+    *,
+    recipe: Recipe | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_progress: ProgressCallback = ignore_progress,
+) -> ConversionResult:
+    """Convert a checkpoint folder into a Kimi-Linear hybrid in a new or empty folder.
+
+    Args:
+        source: config.json and safetensors of a full-attention MLA model.
+        output: appears whole or not at all.
+        recipe: None for the defaults.
+        max_shard_bytes: of each file of weights, its header included.
+        on_progress: told of every tensor, in bytes written.
+
+    Raises:
+        ConfigError: the source cannot become a hybrid.
+        CheckpointError: the source is not whole, or holds NaN or Inf; nothing is left behind.
+        RecipeError: the recipe does not fit the model.
+        OutputError: the output folder is taken, or not apart from the source.
+        ResourceError: the disk is full or cannot be written.
+    """
+    started = time.monotonic()
+    plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
+    carried = carried_files(source)
+    with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:
+        target.require_space(
+            plan.write_bytes + sum((source / name).stat().st_size for name in carried)
+        )
+        hashes = _Worker(plan, reader, on_progress).write_weights(target)
+        for name in carried:
+            target.copy_file(source / name)
+        target.write_json(CONFIG_FILE, config_to_json(plan.target_config))
+        target.write_index(plan.shards)
+        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes))
+        return ConversionResult(
+            output=target.folder,
+            plan=plan,
+            files=target.files,
+            seconds=time.monotonic() - started,
+        )
+
+
+class _Worker:
+    """Writes the files of weights of one plan."""
+
+    def __init__(
+        self, plan: ConversionPlan, reader: CheckpointReader, on_progress: ProgressCallback
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._on_progress = on_progress
+        self._tasks = {task.tensor.name: task for task in plan.tasks}
+        self._done_bytes = 0
+
+    def write_weights(self, target: Output) -> SourceHashes:
+        """Write every file; return the SHA-256 of every tensor that was copied."""
+        copied: dict[str, str] = {}
+        for shard in self._plan.shards.shards:
+            copied |= self._write_shard(target, shard)
+        self._report("")
+        return copied
+
+    def _write_shard(self, target: Output, shard: PlannedShard) -> dict[str, str]:
+        copied: dict[str, str] = {}
+        with target.shard(shard) as writer:
+            for tensor in shard.tensors:
+                task = self._tasks[tensor.name]
+                self._report(tensor.name)
+                if task.op is Op.COPY:
+                    (name,) = task.sources
+                    copied[name] = writer.write(tensor.name, self._copied(name))
+                else:
+                    writer.write(tensor.name, self._made(task))
+                self._done_bytes += tensor.nbytes
+        return copied
+
+    def _copied(self, name: str) -> Iterator[memoryview]:
+        """Give a source tensor's bytes, checked on their way for NaN and Inf."""
+        dtype = self._plan.index.spec(name).dtype
+        for chunk in self._reader.chunks(name):
+            if dtype in FLOATS and find_non_finite(chunk, dtype) is not None:
+                raise _not_finite(name, self._plan.source)
+            yield chunk
+
+    def _made(self, task: TensorTask) -> memoryview:
+        """Return the bytes of a tensor that is computed; its sources are freed before."""
+        sources = tuple(self._wide(name) for name in task.sources)
+        job = Job(
+            sources=sources,
+            shape=task.tensor.shape,
+            target=task.param,
+            config=self._plan.source_config,
+            recipe=self._plan.recipe,
+        )
+        made = TRANSFORMS[task.op](job)
+        stored = made.to(torch_dtype(task.tensor.dtype))
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {task.tensor.name!r} cannot be stored as {task.tensor.dtype}",
+                where=self._plan.source,
+                expected="finite values",
+                found=f"values up to {made.abs().max().item():.3g}",
+                hint="Lower the gains of the recipe, or convert from a bf16 or fp32 copy.",
+            )
+        self._reader.release()
+        return tensor_bytes(stored)
+
+    def _wide(self, name: str) -> torch.Tensor:
+        tensor = self._reader.tensor(name).float()
+        if not bool(tensor.isfinite().all()):
+            raise _not_finite(name, self._plan.source)
+        return tensor
+
+    def _report(self, name: str) -> None:
+        total = self._plan.shards.total_size
+        self._on_progress(ProgressEvent(_STAGE, self._done_bytes, total, "bytes", name))
+
+
+def _not_finite(name: str, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {name!r} holds values that are not finite",
+        where=source,
+        expected="no NaN and no Inf",
+        hint="`kimi-convert validate` finds every such tensor; download the checkpoint again.",
+    )

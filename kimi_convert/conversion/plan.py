@@ -1,0 +1,232 @@
+"""What a conversion will read, make and write, to the byte, before a byte is read.
+
+Target-driven: every tensor that the hybrid must hold is enumerated from its config, and each is
+made by exactly one rule. A plan is data; `engine` carries it out. No torch, no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_convert.checkpoints.dtypes import DTYPES
+from kimi_convert.checkpoints.index import CheckpointIndex, open_index
+from kimi_convert.checkpoints.mapping import Dropped, Entry, Match, Storage
+from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.rules import RULES, Op, Rule
+from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
+from kimi_convert.conversion.target import target_config
+from kimi_convert.errors import MappingError
+from kimi_convert.model.names.layout import expected_entries, layout_of, match_checkpoint
+
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+_FP32_BYTES = 4
+_COPY_BUFFER_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorTask:
+    """One target tensor: what it is made from, and how."""
+
+    tensor: PlannedTensor
+    param: str
+    op: Op
+    sources: tuple[str, ...]  # names in the source checkpoint
+    layer_idx: int | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields."""
+        return {
+            "name": self.tensor.name,
+            "dtype": self.tensor.dtype,
+            "shape": list(self.tensor.shape),
+            "op": str(self.op),
+            "sources": list(self.sources),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionPlan:
+    """A whole conversion, not yet begun."""
+
+    index: CheckpointIndex
+    source_config: ModelConfig
+    target_config: ModelConfig
+    recipe: Recipe
+    tasks: tuple[TensorTask, ...]
+    shards: ShardPlan
+    dropped: tuple[Dropped, ...]
+    runtimes: tuple[RuntimeSupport, ...]
+
+    @property
+    def source(self) -> Path:
+        """Folder of the source."""
+        return self.index.folder
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of every source tensor that is read, each counted once."""
+        names = {name for task in self.tasks for name in task.sources}
+        return sum(self.index.spec(name).nbytes for name in names)
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of all files of weights."""
+        return self.shards.file_bytes
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the tensors that are carried over unchanged."""
+        return sum(task.tensor.nbytes for task in self.tasks if task.op is Op.COPY)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Bytes of tensors in memory at once, at most: the largest tensor that is made."""
+        return max((_task_bytes(task, self.index) for task in self.tasks), default=0)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `plan --json` prints."""
+        target = self.target_config
+        return {
+            "source": str(self.source),
+            "model_type": self.source_config.model_type,
+            "num_layers": target.num_layers,
+            "kda_layers": list(target.kda_layers),
+            "mla_layers": list(target.mla_layers),
+            "recipe": self.recipe.to_json(),
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "copied_bytes": self.copied_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "runtimes": [support.to_json() for support in self.runtimes],
+            "files": [
+                {"name": shard.file_name, "size": shard.file_bytes} for shard in self.shards.shards
+            ],
+            "dropped": [{"name": one.name, "why": one.why} for one in self.dropped],
+            "tensors": [task.to_json() for task in self.tasks],
+        }
+
+
+def plan_conversion(
+    source: Path,
+    recipe: Recipe | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> ConversionPlan:
+    """Plan the conversion of a checkpoint folder; only its config and headers are read.
+
+    Args:
+        source: config.json and safetensors of a full-attention MLA model.
+        recipe: None for the defaults.
+        max_shard_bytes: of each file of weights, its header included.
+
+    Raises:
+        ConfigError: the config is not valid or not of a model that can become a hybrid.
+        CheckpointError: tensors are missing, unknown, mis-shaped or of a wrong dtype.
+        RecipeError: the recipe does not fit the model.
+    """
+    recipe = recipe or Recipe()
+    source_config = read_config(source)
+    target = target_config(source_config, recipe)
+    index = open_index(source)
+    matched = match_checkpoint(source_config, index.tensors.values(), where=source)
+    tasks = tuple(_tasks(source_config, target, matched, index))
+    return ConversionPlan(
+        index=index,
+        source_config=source_config,
+        target_config=target,
+        recipe=recipe,
+        tasks=tasks,
+        shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
+        dropped=(*matched.dropped, *_unused(matched, tasks)),
+        runtimes=runtime_support(target),
+    )
+
+
+def _tasks(
+    source: ModelConfig, target: ModelConfig, matched: Match, index: CheckpointIndex
+) -> Iterator[TensorTask]:
+    rules = _RuleBook(source)
+    for entry in expected_entries(target):
+        rule = rules.rule_for(entry)
+        sources = tuple(matched.stored_names[param] for param in rules.sources_of(rule, entry))
+        yield TensorTask(
+            tensor=PlannedTensor(
+                entry.name, _dtype(entry, rule, sources, index, matched), entry.shape
+            ),
+            param=entry.param,
+            op=rule.op,
+            sources=sources,
+            layer_idx=entry.layer_idx,
+        )
+
+
+class _RuleBook:
+    """Finds the one rule of a target tensor, and fills in its layer and expert."""
+
+    def __init__(self, source: ModelConfig) -> None:
+        self._layers: Mapping[str, frozenset[int]] = {
+            name: frozenset(layers) for name, layers in layout_of(source).layers.items()
+        }
+        self._by_target: dict[str, list[Rule]] = {}
+        for rule in RULES:
+            self._by_target.setdefault(rule.target, []).append(rule)
+
+    def rule_for(self, entry: Entry) -> Rule:
+        """Return the rule whose layer set holds the tensor's layer."""
+        found = [
+            rule
+            for rule in self._by_target.get(entry.template, ())
+            if entry.layer_idx is None or entry.layer_idx in self._layers[rule.where]
+        ]
+        if len(found) != 1:
+            raise MappingError(f"{len(found)} rules make the parameter {entry.param!r}, not one")
+        return found[0]
+
+    def sources_of(self, rule: Rule, entry: Entry) -> tuple[str, ...]:
+        """Return the rule's sources for the layer and expert of the tensor."""
+        return tuple(entry.fill(source) for source in rule.sources)
+
+
+def _dtype(
+    entry: Entry,
+    rule: Rule,
+    sources: tuple[str, ...],
+    index: CheckpointIndex,
+    matched: Match,
+) -> str:
+    """Return the stored dtype: the source's for what is made from one, else the layer's."""
+    if entry.storage is Storage.FP32:
+        return "F32"
+    if sources:
+        # The last source is the matrix that the target replaces, except for `o`, which is first.
+        named = sources[0] if rule.op in (Op.COPY, Op.SCALE_OUTPUT) else sources[-1]
+        return index.spec(named).dtype
+    beside = f"layers.{entry.layer_idx}.mla.o.weight"
+    return index.spec(matched.stored_names[beside]).dtype
+
+
+def _unused(matched: Match, tasks: tuple[TensorTask, ...]) -> Iterator[Dropped]:
+    used = {name for task in tasks for name in task.sources}
+    for name in sorted(set(matched.stored_names.values()) - used):
+        yield Dropped(name, "no rule reads it")
+
+
+def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
+    """Return the bytes of one task's tensors: mapped sources, fp32 copies, products, result."""
+    if task.op is Op.COPY:
+        return _COPY_BUFFER_BYTES
+    stored = sum(index.spec(name).nbytes for name in task.sources)
+    wide = sum(math.prod(index.spec(name).shape) for name in task.sources)
+    made = math.prod(task.tensor.shape)
+    # Sources as stored and in fp32, a scaled copy of the largest, the product and its cast.
+    return (
+        stored
+        + (2 * wide + 2 * made) * _FP32_BYTES
+        + made * DTYPES[task.tensor.dtype].width_bytes
+    )

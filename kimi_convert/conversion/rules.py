@@ -1,0 +1,96 @@
+"""Which source parameters each target parameter is made from, and by which operation: data only.
+
+Unlike the naming tables, rules may share sources and have no inverse: one latent projection of
+MLA feeds the keys and the values of KDA. `plan` expands them; `transforms` holds the operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Op(StrEnum):
+    """The operations; every one but COPY is a function in `transforms`."""
+
+    COPY = "copy"  # the stored bytes, unchanged
+    KEEP_QUERY = "keep_query"  # rows of a kept layer's q
+    TAKE_QUERY = "take_query"
+    FOLD_QUERY = "fold_query"
+    FOLD_KEY = "fold_key"
+    FOLD_VALUE = "fold_value"
+    QUERY_TAPS = "query_taps"
+    FOLDED_QUERY_TAPS = "folded_query_taps"
+    KEY_TAPS = "key_taps"
+    VALUE_TAPS = "value_taps"
+    SCALE_OUTPUT = "scale_output"
+    DECAY_RATE = "decay_rate"
+    DECAY_BIAS = "decay_bias"
+    RANDOM = "random"
+    ZEROS = "zeros"
+    OUTPUT_GAIN = "output_gain"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One kind of target parameter. `where` is a layer set of the source."""
+
+    target: str
+    op: Op
+    sources: tuple[str, ...] = ()
+    where: str = "all"
+
+
+_L = "layers.{layer}."
+_KEPT = _L + "mla."
+_KDA = _L + "kda."
+
+_COPIED = (
+    "embed.weight",
+    "norm.weight",
+    "head.weight",
+    _L + "input_norm.weight",
+    _L + "mlp_norm.weight",
+    _KEPT + "q_a.weight",
+    _KEPT + "q_a_norm.weight",
+    _KEPT + "kv_a.weight",
+    _KEPT + "kv_a_norm.weight",
+    _KEPT + "kv_b.weight",
+    _KEPT + "o.weight",
+    *(_L + f"mlp.{part}.weight" for part in ("gate", "up", "down")),
+    _L + "moe.router.weight",
+    *(_L + "moe.experts.{expert}." + f"{part}.weight" for part in ("gate", "up", "down")),
+    *(_L + f"moe.shared.{part}.weight" for part in ("gate", "up", "down")),
+)
+
+_FULL_QUERY = (_KEPT + "q.weight",)
+_LOW_RANK_QUERY = (_KEPT + "q_a.weight", _KEPT + "q_a_norm.weight", _KEPT + "q_b.weight")
+_LATENT = (_KEPT + "kv_a.weight", _KEPT + "kv_a_norm.weight", _KEPT + "kv_b.weight")
+_INPUT = (_L + "input_norm.weight",)
+
+RULES = (
+    *(Rule(name, Op.COPY, (name,)) for name in _COPIED),
+    Rule(_L + "moe.router.bias", Op.COPY, (_L + "moe.router.bias",), "moe_bias"),
+    Rule(_L + "moe.router.bias", Op.ZEROS, (), "moe_unbiased"),
+    # Layers that stay MLA.
+    Rule(_KEPT + "q.weight", Op.KEEP_QUERY, _FULL_QUERY),
+    Rule(_KEPT + "q_b.weight", Op.KEEP_QUERY, (_KEPT + "q_b.weight",)),
+    # Layers that become KDA.
+    Rule(_KDA + "q.weight", Op.TAKE_QUERY, _FULL_QUERY, "mla_full_q"),
+    Rule(_KDA + "q.weight", Op.FOLD_QUERY, _LOW_RANK_QUERY, "mla_low_rank_q"),
+    Rule(_KDA + "k.weight", Op.FOLD_KEY, _LATENT),
+    Rule(_KDA + "v.weight", Op.FOLD_VALUE, _LATENT),
+    Rule(_KDA + "q_conv.weight", Op.QUERY_TAPS, _INPUT + _FULL_QUERY, "mla_full_q"),
+    Rule(_KDA + "q_conv.weight", Op.FOLDED_QUERY_TAPS, _INPUT + _LOW_RANK_QUERY, "mla_low_rank_q"),
+    Rule(_KDA + "k_conv.weight", Op.KEY_TAPS, _INPUT + _LATENT),
+    Rule(_KDA + "v_conv.weight", Op.VALUE_TAPS, _INPUT + _LATENT),
+    Rule(_KDA + "A_log", Op.DECAY_RATE),
+    Rule(_KDA + "dt_bias", Op.DECAY_BIAS),
+    Rule(_KDA + "f_a.weight", Op.RANDOM),
+    Rule(_KDA + "f_b.weight", Op.ZEROS),
+    Rule(_KDA + "b.weight", Op.ZEROS),
+    Rule(_KDA + "g_a.weight", Op.RANDOM),
+    Rule(_KDA + "g_b.weight", Op.ZEROS),
+    Rule(_KDA + "o_norm.weight", Op.OUTPUT_GAIN),
+    Rule(_KDA + "o.weight", Op.SCALE_OUTPUT, (_KEPT + "o.weight", *_INPUT, *_LATENT)),
+)

@@ -1,0 +1,62 @@
+"""Which runtimes load a hybrid of a given config: a table of what each one refuses.
+
+Read from the sources of transformers 5.23 (models/kimi_linear), the released modeling_kimi.py,
+vLLM, SGLang, mlx-lm 0.32 and llama.cpp. transformers and mlx-lm are also run by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kimi_convert.config.architecture import ModelConfig, Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSupport:
+    """Whether one runtime loads the output, and what keeps it from that."""
+
+    runtime: str
+    loads: bool
+    reasons: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields."""
+        return {"runtime": self.runtime, "loads": self.loads, "reasons": list(self.reasons)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    reason: str
+    holds: Callable[[ModelConfig], bool]  # whether the config runs into it
+
+
+_LOW_RANK_Q = _Limit(
+    "needs a full-rank q (q_lora_rank null)", lambda config: config.mla.q_lora_rank is not None
+)
+_SOFTMAX_ROUTING = _Limit(
+    "routes by sigmoid only, this model by softmax",
+    lambda config: config.moe is not None and config.moe.scoring is Scoring.SOFTMAX,
+)
+_SPARSE_FREQUENCY = _Limit(
+    "has no moe_layer_freq",
+    lambda config: config.moe is not None and config.moe.layer_freq != 1,
+)
+
+_RUNTIMES: tuple[tuple[str, tuple[_Limit, ...]], ...] = (
+    ("transformers (native, 5.23 and later)", (_SOFTMAX_ROUTING, _SPARSE_FREQUENCY)),
+    ("transformers (released remote code)", (_LOW_RANK_Q,)),
+    ("vLLM", (_LOW_RANK_Q,)),
+    ("SGLang", (_LOW_RANK_Q,)),
+    ("mlx-lm", (_LOW_RANK_Q,)),
+    ("llama.cpp", ()),
+)
+
+
+def runtime_support(config: ModelConfig) -> tuple[RuntimeSupport, ...]:
+    """Return for every runtime whether it loads a checkpoint of this config."""
+    return tuple(
+        RuntimeSupport(name, not reasons, reasons)
+        for name, limits in _RUNTIMES
+        for reasons in [tuple(limit.reason for limit in limits if limit.holds(config))]
+    )

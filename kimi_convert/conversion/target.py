@@ -1,0 +1,83 @@
+"""The config of the hybrid that a source becomes, and what cannot become one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kimi_convert.config.architecture import KdaConfig, ModelConfig, MoeConfig, TopkMethod
+from kimi_convert.config.deepseek import SOURCE_TYPES
+from kimi_convert.config.kimi_linear import TARGET_TYPE
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.errors import ConfigError
+
+
+def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
+
+    Raises:
+        ConfigError: the source is quantised, is a hybrid already, or has heads or routing that
+            the Kimi-Linear format cannot hold.
+        RecipeError: the recipe keeps layers that the source does not have, or keeps all.
+    """
+    _check_convertible(source)
+    mla = source.mla
+    kept = set(recipe.kept_layers(source.num_layers))
+    return ModelConfig(
+        model_type=TARGET_TYPE,
+        hidden_size=source.hidden_size,
+        num_layers=source.num_layers,
+        vocab_size=source.vocab_size,
+        intermediate_size=source.intermediate_size,
+        rms_norm_eps=source.rms_norm_eps,
+        max_positions=source.max_positions,
+        mla=replace(mla, rope=None),
+        kda=KdaConfig(
+            num_heads=mla.num_heads,
+            head_dim=mla.v_head_dim,
+            conv_size=recipe.short_conv_size,
+        ),
+        kda_layers=tuple(i for i in range(source.num_layers) if i not in kept),
+        moe=_target_moe(source.moe),
+        tie_word_embeddings=source.tie_word_embeddings,
+        dtype=source.dtype,
+        initializer_range=source.initializer_range,
+        bos_token_id=source.bos_token_id,
+        eos_token_ids=source.eos_token_ids,
+        pad_token_id=source.pad_token_id,
+    )
+
+
+def _target_moe(moe: MoeConfig | None) -> MoeConfig | None:
+    """Return the routing in Kimi-Linear's terms: always with a correction bias, 0 if need be."""
+    return None if moe is None else replace(moe, topk_method=TopkMethod.NOAUX_TC)
+
+
+def _check_convertible(source: ModelConfig) -> None:
+    if source.model_type not in SOURCE_TYPES:
+        raise ConfigError(
+            "this checkpoint cannot be converted",
+            expected=f"full-attention MLA: {', '.join(SOURCE_TYPES)}",
+            found=source.model_type,
+            hint="It is a hybrid already; see `kimi-convert inspect`.",
+        )
+    if source.quantization is not None:
+        raise ConfigError(
+            "quantised checkpoints cannot be converted yet",
+            expected="bf16, fp16 or fp32 weights",
+            found=f"quantization_config {source.quantization.get('quant_method', 'unknown')!r}",
+            hint="Convert a bf16 copy of the checkpoint.",
+        )
+    mla = source.mla
+    if mla.qk_nope_head_dim != mla.v_head_dim:
+        raise ConfigError(
+            "the Kimi-Linear format cannot hold these heads",
+            expected="qk_nope_head_dim equal to v_head_dim",
+            found=f"{mla.qk_nope_head_dim} and {mla.v_head_dim}",
+        )
+    if source.moe is not None and source.moe.topk_method is TopkMethod.GROUP_LIMITED_GREEDY:
+        raise ConfigError(
+            "the Kimi-Linear format cannot hold this routing",
+            expected="topk_method noaux_tc or greedy",
+            found=source.moe.topk_method,
+            hint="Its loaders rank a group by its two best experts, this model by its best one.",
+        )
