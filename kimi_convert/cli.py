@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kimi_convert import __version__
-from kimi_convert.commands import convert, doctor, export, generate, inspect, plan, validate
+from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
 from kimi_convert.commands._errors import InterruptError, UnexpectedError, as_error
 from kimi_convert.commands._output import close_streams, show_error
 
@@ -43,6 +43,7 @@ _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
+_command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
 
 

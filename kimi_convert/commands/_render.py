@@ -10,14 +10,14 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.commands._report import Facts, Heading, Report, Section, Sentence, Table
 
 _GAP = "  "
 
 
 def plain_lines(report: Report) -> Iterator[str]:
     """Return lines without styles, never cut or wrapped, so that `grep` and `awk` work."""
-    before: Facts | Table | Sentence | None = None
+    before: Section | None = None
     for section in report:
         if before is not None and not (
             isinstance(before, Sentence) and isinstance(section, Sentence)
@@ -25,6 +25,8 @@ def plain_lines(report: Report) -> Iterator[str]:
             yield ""
         before = section
         match section:
+            case Heading():
+                yield from ("", section.text)
             case Sentence():
                 yield section.text
             case Facts():
@@ -55,8 +57,10 @@ def _plain_rows(table: Table) -> Iterator[str]:
         yield (_GAP + _GAP.join(cells)).rstrip()
 
 
-def _rich_section(section: Facts | Table | Sentence) -> RenderableType:
+def _rich_section(section: Section) -> RenderableType:
     match section:
+        case Heading():
+            return Padding(Text(section.text, style="bold cyan"), (1, 0, 1, 1))
         case Sentence():
             return Padding(
                 Text(section.text, style="yellow" if section.warns else ""), (0, 0, 1, 1)

@@ -32,4 +32,12 @@ class Sentence:
     warns: bool = False
 
 
-Report = Sequence[Facts | Table | Sentence]
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """The start of a part of a long report."""
+
+    text: str
+
+
+Section = Facts | Table | Sentence | Heading
+Report = Sequence[Section]

@@ -10,10 +10,6 @@ from kimi_convert.commands._report import Sentence, Table
 if TYPE_CHECKING:
     from kimi_convert.validation.report import QualityReport, Scores
 
-STUDENT = "this checkpoint"
-TEACHER = "its teacher"
-ABLATED = "converted mixers switched off"
-
 
 def scores_table(title: str, rows: Mapping[str, Scores], *, first: str) -> Table:
     """Return one row of scores for each model or kind of text; absent numbers are a dash."""
@@ -26,8 +22,12 @@ def scores_table(title: str, rows: Mapping[str, Scores], *, first: str) -> Table
 
 
 def models_table(quality: QualityReport) -> Table:
-    """Return the scores of the checkpoint, its teacher and the ablation, where measured."""
-    models = {STUDENT: quality.student, TEACHER: quality.teacher, ABLATED: quality.ablated}
+    """Return the scores of teacher, checkpoint and ablation, where measured."""
+    models = {
+        "teacher": quality.teacher,
+        "this checkpoint": quality.student,
+        "converted mixers switched off": quality.ablated,
+    }
     rows = {name: model.overall for name, model in models.items() if model is not None}
     return scores_table("Quality, nats per token", rows, first="model")
 
@@ -40,15 +40,22 @@ def worth(quality: QualityReport) -> Sentence | None:
     measure, mine, without = "loss", student.loss, ablated.loss
     if student.kl is not None and ablated.kl is not None:
         measure, mine, without = "KL to the teacher", student.kl, ablated.kl
-    numbers = f"{measure} {mine:.3f} with them, {without:.3f} with them switched off"
+    numbers = f"{measure} is {mine:.3f} with them, {without:.3f} with them switched off"
     # Written so that NaN counts as worse.
     if mine < without:
-        return Sentence(f"The converted mixers help: {numbers}.")
+        return Sentence(f"The converted mixers help: {numbers}.{_gap(quality)}")
     return Sentence(
-        f"The converted mixers do not help yet: {numbers}. As a model this checkpoint is worth "
-        "less than one without them; use it as a start for training.",
+        f"The converted mixers do not help yet: {numbers}. As it is, the checkpoint is worth less "
+        f"than one without them.{_gap(quality)}",
         warns=True,
     )
+
+
+def _gap(quality: QualityReport) -> str:
+    if quality.teacher is None:
+        return ""
+    mine, teachers = quality.student.overall.loss, quality.teacher.overall.loss
+    return f" The teacher is {mine - teachers:.3f} nats per token ahead."
 
 
 def _score_cells(scores: Scores) -> tuple[str, ...]:

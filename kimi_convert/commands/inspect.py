@@ -12,7 +12,7 @@ import typer
 from kimi_convert.commands._numbers import bytes_text, count_text, layers_text
 from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
-from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 
 if TYPE_CHECKING:
     from kimi_convert.config.architecture import MlaConfig, ModelConfig
@@ -43,7 +43,7 @@ def inspect(
 
 def checkpoint_report(summary: CheckpointSummary) -> Report:
     """Return what `inspect` shows."""
-    report: list[Facts | Table | Sentence] = [
+    report: list[Section] = [
         Facts(f"Checkpoint {summary.folder}", _facts(summary)),
         _layers(summary),
         _parts(summary),

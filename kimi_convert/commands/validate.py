@@ -10,7 +10,7 @@ import typer
 from kimi_convert.commands._numbers import bytes_text
 from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
-from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 from kimi_convert.commands._scores import models_table, scores_table, worth
 from kimi_convert.errors import VerificationError
 
@@ -77,11 +77,16 @@ def validate(
 
 def validation_report(report: ValidationReport) -> Report:
     """Return what `validate` shows."""
-    sections: list[Facts | Table | Sentence] = [_integrity(report)]
+    quality = _quality(report.quality) if report.quality else []
+    checks, verdict = brief_report(report)[:-1], brief_report(report)[-1]
+    return (*checks, *quality, verdict)
+
+
+def brief_report(report: ValidationReport) -> Report:
+    """Return the checks and the verdict, without what was measured."""
+    sections: list[Section] = [_integrity(report)]
     if report.consistency:
         sections.append(_consistency(report.consistency))
-    if report.quality:
-        sections += _quality(report.quality)
     sections += [_finding(finding) for finding in report.findings]
     sections += [Sentence(f"Not checked: {left.check}. {left.why}") for left in report.not_run]
     verdict = "Passed." if report.passed else "Failed: see the errors above."
@@ -121,8 +126,8 @@ def _consistency(found: ConsistencyReport) -> Table:
     )
 
 
-def _quality(quality: QualityReport) -> list[Facts | Table | Sentence]:
-    sections: list[Facts | Table | Sentence] = [models_table(quality)]
+def _quality(quality: QualityReport) -> list[Section]:
+    sections: list[Section] = [models_table(quality)]
     if len(quality.student.by_kind) > 1:
         sections.append(scores_table("By kind of text", quality.student.by_kind, first="kind"))
     if quality.layers:

@@ -41,7 +41,7 @@ class Recipe:
     """Every choice of a conversion.
 
     The defaults of the KDA fields were chosen on `examples/text/calibration.jsonl` with the
-    bundled checkpoint; docs/conversion.md has the measurements.
+    bundled checkpoint; docs/adr/0006-data-free-start.md has the measurements.
     """
 
     keep_layers: tuple[int, ...] | None = None  # stay MLA, from 0; None: the released pattern

@@ -128,6 +128,7 @@ def plan_conversion(
     Raises:
         ConfigError: the config is not valid or not of a model that can become a hybrid.
         CheckpointError: tensors are missing, unknown, mis-shaped or of a wrong dtype.
+        MappingError: the rules do not fit the model, which is a fault of kimi-convert.
         RecipeError: the recipe does not fit the model.
     """
     recipe = recipe or Recipe()
@@ -136,6 +137,7 @@ def plan_conversion(
     index = open_index(source)
     matched = match_checkpoint(source_config, index.tensors.values(), where=source)
     tasks = tuple(_tasks(source_config, target, matched, index))
+    _check_all_read(matched, tasks)
     return ConversionPlan(
         index=index,
         source_config=source_config,
@@ -143,7 +145,7 @@ def plan_conversion(
         recipe=recipe,
         tasks=tasks,
         shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
-        dropped=(*matched.dropped, *_unused(matched, tasks)),
+        dropped=matched.dropped,
         runtimes=runtime_support(target),
     )
 
@@ -211,10 +213,12 @@ def _dtype(
     return index.spec(matched.stored_names[beside]).dtype
 
 
-def _unused(matched: Match, tasks: tuple[TensorTask, ...]) -> Iterator[Dropped]:
+def _check_all_read(matched: Match, tasks: tuple[TensorTask, ...]) -> None:
+    """Check that the rules leave out no part of the model: what is dropped has a reason."""
     used = {name for task in tasks for name in task.sources}
-    for name in sorted(set(matched.stored_names.values()) - used):
-        yield Dropped(name, "no rule reads it")
+    unread = sorted(set(matched.stored_names.values()) - used)
+    if unread:
+        raise MappingError(f"no rule reads {len(unread)} tensors, the first {unread[0]!r}")
 
 
 def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
@@ -226,7 +230,5 @@ def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
     made = math.prod(task.tensor.shape)
     # Sources as stored and in fp32, a scaled copy of the largest, the product and its cast.
     return (
-        stored
-        + (2 * wide + 2 * made) * _FP32_BYTES
-        + made * DTYPES[task.tensor.dtype].width_bytes
+        stored + (2 * wide + 2 * made) * _FP32_BYTES + made * DTYPES[task.tensor.dtype].width_bytes
     )

@@ -1,7 +1,13 @@
 """Which runtimes load a hybrid of a given config: a table of what each one refuses.
 
 Read from the sources of transformers 5.23 (models/kimi_linear), the released modeling_kimi.py,
-vLLM, SGLang, mlx-lm 0.32 and llama.cpp. transformers and mlx-lm are also run by the tests.
+vLLM (models/kimi_linear.py), SGLang (below), mlx-lm 0.32 and llama.cpp. transformers and mlx-lm
+are also run by the tests.
+
+SGLang's srt/models/kimi_linear.py gives `q_lora_rank` to its DeepSeek attention, which then holds
+q_a and kv_a as one `fused_qkv_a_proj_with_mqa`; `load_weights` has no row that fills it, so
+`q_a_proj` ends in a KeyError. Its `TopK` is given a correction bias and no scoring function, which
+means sigmoid in srt/layers/moe/topk.py, whatever `moe_router_activation_func` says.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ _RUNTIMES: tuple[tuple[str, tuple[_Limit, ...]], ...] = (
     ("transformers (native, 5.23 and later)", (_SOFTMAX_ROUTING, _SPARSE_FREQUENCY)),
     ("transformers (released remote code)", (_LOW_RANK_Q,)),
     ("vLLM", (_LOW_RANK_Q,)),
-    ("SGLang", (_LOW_RANK_Q,)),
+    ("SGLang", (_LOW_RANK_Q, _SOFTMAX_ROUTING)),
     ("mlx-lm", (_LOW_RANK_Q,)),
     ("llama.cpp", ()),
 )

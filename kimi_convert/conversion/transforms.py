@@ -27,6 +27,9 @@ from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.rules import Op
 
 
+_TINY = torch.finfo(torch.float32).tiny  # a power below it counts as none
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One target tensor to be made."""
@@ -47,7 +50,7 @@ def keep_query(job: Job) -> torch.Tensor:
     (query,) = job.sources
     mla = job.config.mla
     scale = mla.softmax_scale * math.sqrt(mla.qk_head_dim)
-    heads = query.unflatten(0, (mla.num_heads, mla.qk_head_dim)) * scale
+    heads = _by_head(query, mla.num_heads) * scale
     heads[:, mla.qk_nope_head_dim :] = 0
     return heads.flatten(0, 1)
 
@@ -116,7 +119,9 @@ def scale_output(job: Job) -> torch.Tensor:
     output, input_norm, down, norm, up = job.sources
     _, value = _key_value_rows(up, job.config)
     latent = _latent(down, job.config) * input_norm
-    power = _folded_power(value * norm, latent) / _row_power(latent).mean()
+    # A latent without power gives values without power: 0 over any positive number.
+    latent_power = _row_power(latent).mean().clamp_min(_TINY)
+    power = _folded_power(value * norm, latent) / latent_power
     rms = _per_head(power, job.config.mla.num_heads).sqrt()  # [H]
     return output * rms.repeat_interleave(job.config.mla.v_head_dim)
 
@@ -176,16 +181,20 @@ TRANSFORMS: Mapping[Op, Callable[[Job], torch.Tensor]] = {
 
 def _nope_rows(query: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """Return the rows of q that are not rotated: [H * qk_nope_head_dim, in]."""
-    heads = query.unflatten(0, (config.mla.num_heads, config.mla.qk_head_dim))
+    heads = _by_head(query, config.mla.num_heads)
     return heads[:, : config.mla.qk_nope_head_dim].flatten(0, 1)
 
 
 def _key_value_rows(up: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Split kv_b, whose heads each hold their key rows, then their value rows."""
-    heads = up.unflatten(0, (config.mla.num_heads, -1))
-    sizes = [config.mla.qk_nope_head_dim, config.mla.v_head_dim]
-    key, value = heads.split(sizes, dim=1)
-    return key.flatten(0, 1), value.flatten(0, 1)
+    heads = _by_head(up, config.mla.num_heads)
+    key_rows = config.mla.qk_nope_head_dim
+    return heads[:, :key_rows].flatten(0, 1), heads[:, key_rows:].flatten(0, 1)
+
+
+def _by_head(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the rows of each head apart: [H, rows of a head, ...]."""
+    return rows.reshape(num_heads, rows.shape[0] // num_heads, *rows.shape[1:])
 
 
 def _latent(down: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -203,14 +212,14 @@ def _folded_power(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def _per_head(power: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return power.unflatten(0, (num_heads, -1)).mean(-1)
+    return _by_head(power, num_heads).mean(-1)
 
 
 def _last_tap(power: torch.Tensor, rms: float, job: Job) -> torch.Tensor:
     """Return taps [P, 1, W] that are 0 but for the last, which gives each head the rms."""
     per_head = _per_head(power, job.config.mla.num_heads)
-    # A head without power, as in a pruned layer, keeps a finite tap.
-    gain = rms / per_head.sqrt().clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+    # No gain gives a head without power, as in a pruned layer, an rms: it passes its input on.
+    gain = torch.where(per_head > _TINY, rms / per_head.clamp_min(_TINY).sqrt(), 1.0)
     taps = torch.zeros(job.shape)
     taps[:, 0, -1] = gain.repeat_interleave(job.shape[0] // job.config.mla.num_heads)
     return taps

@@ -1,0 +1,175 @@
+"""The steps of `demo`: every job of the command line on the example that comes with the package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join
+from typing import TYPE_CHECKING
+
+from kimi_convert.commands._continuation import Continuation, Request, continue_text
+from kimi_convert.commands._demo_folder import DemoFolder, open_demo_folder
+from kimi_convert.commands._output import Output
+from kimi_convert.commands._report import Heading, Report, Sentence
+from kimi_convert.commands.convert import conversion_report
+from kimi_convert.commands.export import export_report
+from kimi_convert.commands.inspect import checkpoint_report
+from kimi_convert.commands.plan import plan_report
+from kimi_convert.commands.validate import brief_report
+
+if TYPE_CHECKING:
+    from kimi_convert.conversion import ConversionPlan, ConversionResult
+    from kimi_convert.exporters.safetensors import ExportResult
+    from kimi_convert.model.summary import CheckpointSummary
+    from kimi_convert.validation import ValidationReport
+
+_SEQUENCE_LENGTH = 512
+_TOKENS_PER_KIND = 4096
+_EXPORT_SHARD_SIZE = "8MB"
+_PROMPT = "The history of"
+_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """What each step gave."""
+
+    folder: Path
+    summary: CheckpointSummary
+    conversion: ConversionResult
+    validation: ValidationReport
+    export: ExportResult
+    continuations: tuple[Continuation, ...]  # the teacher's and the hybrid's
+    seconds: Mapping[str, float]  # of each step
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `demo --json` prints."""
+        return {
+            "output": str(self.folder),
+            "inspect": self.summary.to_json(),
+            "convert": self.conversion.to_json(),
+            "validate": self.validation.to_json(),
+            "export": self.export.to_json(),
+            "generate": [continuation.to_json() for continuation in self.continuations],
+            "seconds": {step: round(seconds, 3) for step, seconds in self.seconds.items()},
+        }
+
+
+def run_demo(folder: Path, *, output: Output) -> DemoResult:
+    """Run every step into a folder, and show each as it ends.
+
+    Raises:
+        OutputError: the folder holds files that an earlier demo did not make.
+    """
+    from kimi_convert.checkpoints.examples import example_checkpoint
+
+    demo = _Demo(open_demo_folder(folder), example_checkpoint(), output)
+    if demo.folder.replaced:
+        output.note(f"replaced the output of an earlier demo in {folder}")
+    summary = demo.inspect()
+    demo.plan()
+    return DemoResult(
+        folder=folder,
+        summary=summary,
+        conversion=demo.convert(),
+        validation=demo.validate(),
+        export=demo.export(),
+        continuations=(demo.generate(demo.source), demo.generate(demo.hybrid)),
+        seconds=demo.seconds,
+    )
+
+
+class _Demo:
+    """The folders, and what each step does in them."""
+
+    def __init__(self, folder: DemoFolder, source: Path, output: Output) -> None:
+        self.folder = folder
+        self.source = source
+        self.hybrid = folder.path / "hybrid"
+        self.exported = folder.path / "exported"
+        self.output = output
+        self.seconds: dict[str, float] = {}
+
+    def inspect(self) -> CheckpointSummary:
+        from kimi_convert.model.summary import summarize_checkpoint
+
+        with self._step("inspect", self.source):
+            summary = summarize_checkpoint(self.source)
+        self._show(checkpoint_report(summary)[:1])
+        return summary
+
+    def plan(self) -> ConversionPlan:
+        from kimi_convert.conversion import plan_conversion
+
+        with self._step("plan", self.source):
+            plan = plan_conversion(self.source)
+        self._show(plan_report(plan)[:2])
+        return plan
+
+    def convert(self) -> ConversionResult:
+        from kimi_convert.conversion import convert_checkpoint
+
+        with self._step("convert", self.source, self.hybrid), self.output.progress() as progress:
+            result = convert_checkpoint(self.source, self.hybrid, on_progress=progress)
+        self.folder.made(self.hybrid)
+        self._show(conversion_report(result))
+        return result
+
+    def validate(self) -> ValidationReport:
+        from kimi_convert.checkpoints.examples import heldout_text
+        from kimi_convert.validation import ValidationOptions, validate_checkpoint
+
+        text = heldout_text()
+        options = ValidationOptions(
+            sequence_length=_SEQUENCE_LENGTH, max_tokens_per_kind=_TOKENS_PER_KIND
+        )
+        limits = ("--max-tokens-per-kind", _TOKENS_PER_KIND)
+        arguments = (self.hybrid, "--teacher", self.source, "--text", text, *limits)
+        with self._step("validate", *arguments), self.output.progress() as progress:
+            report = validate_checkpoint(
+                self.hybrid, teacher=self.source, text=text, options=options, on_progress=progress
+            )
+        self._show(brief_report(report))
+        return report
+
+    def export(self) -> ExportResult:
+        from kimi_convert.checkpoints.byte_size import parse_byte_size
+        from kimi_convert.exporters.safetensors import export_safetensors
+
+        options = ("--dtype", "float32", "--max-shard-size", _EXPORT_SHARD_SIZE)
+        step = self._step("export safetensors", self.hybrid, self.exported, *options)
+        with step, self.output.progress() as progress:
+            result = export_safetensors(
+                self.hybrid,
+                self.exported,
+                max_shard_bytes=parse_byte_size(_EXPORT_SHARD_SIZE),
+                dtype="float32",
+                on_progress=progress,
+            )
+        self.folder.made(self.exported)
+        self._show(export_report(result))
+        return result
+
+    def generate(self, checkpoint: Path) -> Continuation:
+        request = Request(prompt=_PROMPT, max_new_tokens=_NEW_TOKENS, temperature=0.7)
+        options = ("--prompt", _PROMPT, "--max-new-tokens", _NEW_TOKENS, "--temperature", 0.7)
+        with self._step("generate", checkpoint, *options):
+            made = continue_text(checkpoint, request, show="".join)
+        lines = f"{made.request.prompt}{made.text}".splitlines()
+        self._show([Sentence("\n".join(f"  {line}" for line in lines))])
+        return made
+
+    @contextmanager
+    def _step(self, command: str, *arguments: object) -> Generator[None]:
+        """Show the command that does the same, and take the time."""
+        shown = join(map(str, arguments))
+        self._show([Heading(f"$ kimi-convert {command} {shown}")])
+        started = time.perf_counter()
+        yield
+        self.seconds[command] = self.seconds.get(command, 0.0) + time.perf_counter() - started
+
+    def _show(self, report: Report) -> None:
+        self.output.report(report)
