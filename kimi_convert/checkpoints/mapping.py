@@ -191,9 +191,7 @@ def _expand_row(row: Name, layout: Layout) -> Iterator[Entry]:
         )
 
 
-def _places(
-    template: str, where: str, layout: Layout
-) -> Iterator[tuple[int | None, int | None]]:
+def _places(template: str, where: str, layout: Layout) -> Iterator[tuple[int | None, int | None]]:
     """Give every layer of a set with every expert; None for what the template does not ask."""
     holes = {hole for _, hole, _, _ in Formatter().parse(template) if hole}
     layers = layout.layers[where]

@@ -1,16 +1,16 @@
 """The recipe of a conversion: which layers stay, and what the new ones start from. TOML or defaults.
 
-    [layers]
-    keep = "released"            # every 4th layer and the last, or a list counted from 0
-    [mla]
-    rope = "drop"                # what becomes of the rotated part of layers that stay
-    [kda]
-    short_conv_size = 4
-    qk_rms = 8.0
-    v_rms = 0.3
-    half_life_tokens = [0.3, 10.0]
-    output_scale = 0.4
-    seed = 0
+[layers]
+keep = "released"            # every 4th layer and the last, or a list counted from 0
+[mla]
+rope = "drop"                # what becomes of the rotated part of layers that stay
+[kda]
+short_conv_size = 4
+qk_rms = 8.0
+v_rms = 0.3
+half_life_tokens = [0.3, 10.0]
+output_scale = 0.4
+seed = 0
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class Recipe:
         }
         for name, value in positive.items():
             _require(0 < value <= 1e4, name, "above 0 and at most 10000", value)
-        _require(self.short_conv_size <= 16, "kda.short_conv_size", "at most 16", self.short_conv_size)  # noqa: PLR2004
+        _require(
+            self.short_conv_size <= 16, "kda.short_conv_size", "at most 16", self.short_conv_size
+        )
         shortest, longest = self.half_life_tokens
         _require(
-            1e-2 <= shortest <= longest <= 1e7,  # noqa: PLR2004
+            1e-2 <= shortest <= longest <= 1e7,
             "kda.half_life_tokens",
             "two numbers from 0.01 to 10000000, the shorter first",
             list(self.half_life_tokens),
@@ -173,7 +175,7 @@ def _half_lives(stated: object) -> tuple[float, float] | None:
         return None
     pair = cast("list[object]", stated) if isinstance(stated, list) else []
     numbers = [one for one in pair if isinstance(one, int | float) and not isinstance(one, bool)]
-    _require(len(numbers) == len(pair) == 2, "kda.half_life_tokens", "two numbers", stated)  # noqa: PLR2004
+    _require(len(numbers) == len(pair) == 2, "kda.half_life_tokens", "two numbers", stated)
     return float(numbers[0]), float(numbers[1])
 
 

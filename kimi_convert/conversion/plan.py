@@ -226,9 +226,9 @@ def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
     if task.op is Op.COPY:
         return _COPY_BUFFER_BYTES
     stored = sum(index.spec(name).nbytes for name in task.sources)
-    wide = sum(math.prod(index.spec(name).shape) for name in task.sources)
+    sizes = [math.prod(index.spec(name).shape) for name in task.sources]
     made = math.prod(task.tensor.shape)
-    # Sources as stored and in fp32, a scaled copy of the largest, the product and its cast.
-    return (
-        stored + (2 * wide + 2 * made) * _FP32_BYTES + made * DTYPES[task.tensor.dtype].width_bytes
-    )
+    # The power of a folded matrix holds its scaled factors and two products of their size.
+    steps = 4 * max(sizes, default=0) + 2 * made
+    wide = (sum(sizes) + steps) * _FP32_BYTES
+    return stored + wide + made * DTYPES[task.tensor.dtype].width_bytes

@@ -26,7 +26,6 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.rules import Op
 
-
 _TINY = torch.finfo(torch.float32).tiny  # a power below it counts as none
 
 

@@ -1,13 +1,16 @@
-"""Run the command line as a user does: in a process of its own, its streams in pipes."""
+"""Run the command line: in a process of its own, as a user does, or faster in this one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import kimi_convert
+from kimi_convert.cli import main
 
 PACKAGE_PARENT = Path(kimi_convert.__file__).parents[1]
 
@@ -19,6 +22,14 @@ def environment(**extra: str) -> dict[str, str]:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kimi_convert", *map(str, arguments)]
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run in this process, which has torch loaded already."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def run_cli(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kimi_convert.checkpoints.finite import find_non_finite
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.errors import CheckpointError
 from kimi_convert.model.names.layout import expected_entries
-from kimi_convert.checkpoints.finite import find_non_finite
 from kimi_convert.validation.integrity import check_integrity
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.report import Severity
