@@ -67,8 +67,8 @@ class ConversionResult:
 
 
 def convert_checkpoint(
-    source: Path,
-    output: Path,
+    source: str | Path,
+    output: str | Path,
     *,
     recipe: Recipe | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
@@ -91,6 +91,7 @@ def convert_checkpoint(
         ResourceError: the disk is full or cannot be written.
     """
     started = time.monotonic()
+    source, output = Path(source), Path(output)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
     with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:

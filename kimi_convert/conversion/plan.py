@@ -113,7 +113,7 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    source: Path,
+    source: str | Path,
     recipe: Recipe | None = None,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
@@ -131,7 +131,7 @@ def plan_conversion(
         MappingError: the rules do not fit the model, which is a fault of kimi-convert.
         RecipeError: the recipe does not fit the model.
     """
-    recipe = recipe or Recipe()
+    source, recipe = Path(source), recipe or Recipe()
     source_config = read_config(source)
     target = target_config(source_config, recipe)
     index = open_index(source)

@@ -84,8 +84,8 @@ class ExportResult:
 
 
 def export_safetensors(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: str | Path,
+    output: str | Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
     dtype: str | None = None,
@@ -110,6 +110,7 @@ def export_safetensors(
         OutputError: the output folder is taken, or not apart from the checkpoint.
         ResourceError: the disk is full or cannot be written.
     """
+    checkpoint, output = Path(checkpoint), Path(output)
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise UsageError(
             "dtype is not valid", expected=" or ".join(EXPORT_DTYPES), found=repr(dtype)

@@ -38,7 +38,7 @@ _MODELS: Mapping[str, type[KimiLinear | MlaTransformer]] = {
 
 
 def load_model(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -62,7 +62,7 @@ def load_model(
 
 @contextmanager
 def open_layers(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -78,6 +78,7 @@ def open_layers(
                 hidden = layers.layer(layer_idx)(hidden)
             logits = layers.head()(hidden)
     """
+    folder = Path(folder)
     config = read_config(folder)
     if config.quantization is not None:
         raise CheckpointError(

@@ -121,13 +121,14 @@ class CheckpointSummary:
         }
 
 
-def summarize_checkpoint(folder: Path) -> CheckpointSummary:
+def summarize_checkpoint(folder: str | Path) -> CheckpointSummary:
     """Summarise a checkpoint of any supported architecture.
 
     Raises:
         ConfigError: config.json is missing, not valid or of an unknown architecture.
         CheckpointError: there is no such folder.
     """
+    folder = Path(folder)
     problems: list[KimiConvertError] = []
     index = None
     try:

@@ -89,7 +89,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load the tokenizer of a checkpoint folder.
 
     Ids that end a text come from generation_config.json, else config.json, else the tokenizer's
@@ -99,6 +99,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         TokenizerError: there is no tokenizer, its files are not valid, or it has ids that the
             model of config.json does not have.
     """
+    folder = Path(folder)
     name = next((name for name in _BACK_ENDS if has_file(folder, name)), None)
     if name is None:
         raise TokenizerError(

@@ -41,10 +41,10 @@ _DEFAULTS = ValidationOptions()
 
 
 def validate_checkpoint(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
-    teacher: Path | None = None,
-    text: Path | None = None,
+    teacher: str | Path | None = None,
+    text: str | Path | None = None,
     options: ValidationOptions = _DEFAULTS,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ValidationReport:
@@ -66,6 +66,9 @@ def validate_checkpoint(
             be compared.
         InputError: the text or a tokenizer is not valid.
     """
+    checkpoint = Path(checkpoint)
+    teacher = None if teacher is None else Path(teacher)
+    text = None if text is None else Path(text)
     config = read_config(checkpoint)
     guide = None if teacher is None else read_config(teacher)
     if guide is not None:

@@ -118,7 +118,7 @@ def test_validate_shows_scores_by_kind_and_layer(capsys, tmp_path, hybrid):
         capsys, "validate", hybrid, "--text", text, "--teacher", teacher, "--sequence-length", 32
     )
     assert code == 0
-    for word in ("its teacher", "converted mixers switched off", "prose", "code", "KDA"):
+    for word in ("teacher", "converted mixers switched off", "prose", "code", "KDA"):
         assert word in out
     assert "The converted mixers " in out
 

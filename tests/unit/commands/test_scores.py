@@ -53,9 +53,9 @@ def test_worth_says_nothing_without_the_ablation():
 def test_models_table_has_a_row_for_each_measured_model_and_dashes_for_what_is_absent():
     table = models_table(quality(scored(2.0, kl=1.0), scored(3.0, kl=2.0), teacher=scored(1.0)))
     assert [row[0] for row in table.rows] == [
+        "teacher",
         "this checkpoint",
-        "its teacher",
         "converted mixers switched off",
     ]
-    assert table.rows[1][-2:] == ("-", "-")
+    assert table.rows[0][-2:] == ("-", "-")
     assert [row[2] for row in models_table(quality(scored(2.0), None)).rows] == ["2.0000"]
