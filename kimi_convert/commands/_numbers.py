@@ -29,6 +29,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def files_text(count: int) -> str:
+    """Return a number of files: "1 file", "2 files"."""
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
 def layers_text(layers: tuple[int, ...]) -> str:
     """Return increasing layer numbers with runs shortened: "0-2, 4"."""
     runs: list[list[int]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kimi_convert.commands._numbers import bytes_text, layers_text
+from kimi_convert.commands._numbers import bytes_text, files_text, layers_text
 from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
     JsonOpt,
@@ -75,7 +75,7 @@ def _sizes(plan: ConversionPlan) -> Facts:
             ("to read", bytes_text(plan.read_bytes)),
             (
                 "to write",
-                f"{bytes_text(plan.write_bytes)} of weights in {len(plan.shards.shards)} files",
+                f"{bytes_text(plan.write_bytes)} of weights in {files_text(len(plan.shards.shards))}",
             ),
             ("copied bit for bit", bytes_text(plan.copied_bytes)),
             ("tensors in memory", f"{bytes_text(plan.peak_memory_bytes)} at most"),

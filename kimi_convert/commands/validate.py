@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_convert.commands._numbers import bytes_text
+from kimi_convert.commands._numbers import bytes_text, files_text
 from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
@@ -98,9 +98,7 @@ def _integrity(report: ValidationReport) -> Facts:
     hashes = "none recorded"
     if found.hashes_from:
         recorded = ", ".join(found.hashes_from)
-        hashes = (
-            f"{found.files_hashed} files, {found.tensors_hashed} tensors as {recorded} records"
-        )
+        hashes = f"{files_text(found.files_hashed)}, {found.tensors_hashed} tensors as {recorded} records"
     return Facts(
         f"Integrity of {report.checkpoint}",
         (

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_convert.commands._numbers import bytes_text, count_text, layers_text, seconds_text
+from kimi_convert.commands._numbers import (
+    bytes_text,
+    count_text,
+    files_text,
+    layers_text,
+    seconds_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +51,8 @@ def test_seconds(seconds, text):
 )
 def test_runs_of_layers_are_shortened(layers, text):
     assert layers_text(layers) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+def test_one_file_is_not_files(count, text):
+    assert files_text(count) == text
