@@ -5,7 +5,7 @@ Start with `reference.py`; `chunk.py` holds the fast form, `op.py` the public fu
 
 from __future__ import annotations
 
-from kimi_convert.kernels.kda.gate import bounded_gate, softplus_gate
+from kimi_convert.kernels.kda.gate import Gate, bounded_gate, softplus_gate
 from kimi_convert.kernels.kda.op import chunk_kda, recurrent_kda
 
-__all__ = ["bounded_gate", "chunk_kda", "recurrent_kda", "softplus_gate"]
+__all__ = ["Gate", "bounded_gate", "chunk_kda", "recurrent_kda", "softplus_gate"]

@@ -5,11 +5,28 @@ Both give a natural-log decay <= 0 for every token, head and key channel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from kimi_convert.errors import KernelInputError
 from kimi_convert.kernels.checks import expect, expect_precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A gate law with its parameters, for kernels that compute the log decay themselves."""
+
+    A_log: Tensor  # [H], natural log of the decay rate, or of the slope where bounded
+    dt_bias: Tensor  # [H, K], added to the gate's projection
+    lower_bound: float | None = None  # natural log, < 0: `bounded_gate`; None: `softplus_gate`
+
+    def log_decay(self, f: Tensor) -> Tensor:
+        """Return g [B, T, H, K] of the gate's projection f, in torch."""
+        if self.lower_bound is None:
+            return softplus_gate(f, self.A_log, self.dt_bias)
+        return bounded_gate(f, self.A_log, self.dt_bias, lower_bound=self.lower_bound)
 
 
 def softplus_gate(f: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:

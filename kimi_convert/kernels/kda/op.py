@@ -1,18 +1,23 @@
-"""The public KDA functions: check the arguments, choose the dtype, run one of the forms."""
+"""The public KDA functions: check the arguments, choose the backend, run one of the forms."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kimi_convert.errors import KernelInputError
-from kimi_convert.kernels.checks import expect, expect_dtype, expect_precision
+from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.kernels.kda.arguments import Arguments, Options, check_arguments
 from kimi_convert.kernels.kda.chunk import CHUNK_SIZE, chunk_kda_forward
+from kimi_convert.kernels.kda.gate import Gate
 from kimi_convert.kernels.kda.reference import recurrent_kda_reference
 
 MAX_CHUNK_SIZE = 256  # the triangular matrices of a chunk take chunk_size values per token
+_TRITON_WIDTHS = 256  # of a key or a value: what fits into a multiprocessor
+
+_Form = Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_kda(
@@ -24,38 +29,67 @@ def chunk_kda(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    gate: Gate | None = None,
+    qk_norm: bool = False,
+    beta_logits: bool = False,
+    cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    backend: Backend | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply KDA to many tokens at once, for prefill and training.
 
-    bf16, fp16 and fp32 inputs, in any mix, compute in fp32; fp64 inputs in fp64.
+    bf16, fp16 and fp32 inputs, in any mix, compute in fp32; fp64 inputs in fp64. The Triton
+    backend multiplies matrices in v's dtype and adds up in fp32.
 
     Args:
-        q: [B, T, H, K]. Queries, L2-normalised; T may be 0.
-        k: [B, T, H, K]. Keys, L2-normalised.
-        v: [B, T, H, V]. Values.
-        g: [B, T, H, K]. Natural log decay, <= 0.
-        beta: [B, T, H]. Write strength in (0, 1), not logits.
+        q: [B, T, H, K]. Queries, L2-normalised unless qk_norm; T may be 0.
+        k: [B, T, H, K]. Keys, L2-normalised unless qk_norm.
+        v: [B, T, HV, V]. Values; HV is a multiple of H, and value head h reads the query and
+            key of head h // (HV // H).
+        g: [B, T, HV, K]. Natural log decay, <= 0; with a gate, its projection f.
+        beta: [B, T, HV]. Write strength in (0, 1); with beta_logits, before the sigmoid.
         scale: Multiplies q only; K ** -0.5 if None.
-        initial_state: [B, H, K, V] fp32 (fp64 for fp64 inputs); zeros if None.
+        initial_state: [N, HV, K, V] fp32 (fp64 for fp64 inputs); zeros if None. N is B, or the
+            number of packed sequences.
+        gate: The law that makes g a log decay; A_log [HV], dt_bias [HV, K].
+        qk_norm: Divide q and k by sqrt(sum of squares + 1e-6) first.
+        beta_logits: Take the sigmoid of beta first.
+        cu_seqlens: [N + 1] int32 | int64. Where B is 1, T holds N sequences one after another:
+            the n-th has the tokens cu_seqlens[n] to cu_seqlens[n + 1], and may be empty.
         chunk_size: Tokens that are solved together, a power of two up to 256: a matter of
-            speed and rounding only. None takes the measured best.
+            speed and rounding only. None takes the measured best; Triton's is fixed.
+        backend: "torch" or "triton"; None takes Triton on a GPU where no gradient is asked for.
 
     Returns:
-        Output [B, T, H, V] in v's dtype and the final state [B, H, K, V] fp32 (fp64 for
+        Output [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32 (fp64 for
         fp64 inputs), which never shares memory with initial_state.
 
     Raises:
-        KernelInputError: A shape, dtype or device does not fit, or the chunk size.
+        KernelInputError: A shape, dtype, device or option does not fit.
 
     Source: Kimi Linear report, arXiv 2510.26692, section 3.
     """
-    chunk_size = _checked_chunk_size(chunk_size)
-    state = _checked_state("chunk_kda", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    size = _checked_chunk_size(chunk_size)
+    options = Options(
+        scale=scale,
+        initial_state=initial_state,
+        gate=gate,
+        qk_norm=qk_norm,
+        beta_logits=beta_logits,
+        cu_seqlens=cu_seqlens,
+    )
+    call = check_arguments("chunk_kda", q, k, v, g, beta, options)
     if v.numel() == 0:
-        return torch.empty_like(v), state.clone()
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return chunk_kda_forward(q, k, v, g, beta, scale=scale, state=state, chunk_size=chunk_size)
+        return torch.empty_like(v), call.state().clone()
+    if _backend("chunk_kda", call, backend, chunk_size) is Backend.TRITON:
+        from kimi_convert.kernels.kda.chunk_triton import chunk_kda_triton  # noqa: PLC0415
+
+        return chunk_kda_triton(call)
+
+    def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+        return chunk_kda_forward(*inputs, scale=call.scale, state=state, chunk_size=size)
+
+    return _run_plain(call, form)
 
 
 def recurrent_kda(
@@ -67,38 +101,79 @@ def recurrent_kda(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    gate: Gate | None = None,
+    qk_norm: bool = False,
+    beta_logits: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply KDA token by token, for decode and as the plain form of `chunk_kda`.
 
-    bf16, fp16 and fp32 inputs, in any mix, compute in fp32; fp64 inputs in fp64.
-
-    Args:
-        q: [B, T, H, K]. Queries, L2-normalised; T may be 0.
-        k: [B, T, H, K]. Keys, L2-normalised.
-        v: [B, T, H, V]. Values.
-        g: [B, T, H, K]. Natural log decay, <= 0.
-        beta: [B, T, H]. Write strength in (0, 1), not logits.
-        scale: Multiplies q only; K ** -0.5 if None.
-        initial_state: [B, H, K, V] fp32 (fp64 for fp64 inputs); zeros if None.
-
-    Returns:
-        Output [B, T, H, V] in v's dtype and the final state [B, H, K, V] fp32 (fp64 for
-        fp64 inputs), which never shares memory with initial_state.
-
-    Raises:
-        KernelInputError: A shape, dtype or device does not fit.
+    Arguments, results and errors are those of `chunk_kda`; runs in torch.
 
     Source: Kimi Linear report, arXiv 2510.26692, Eq. 1.
     """
-    state = _checked_state(
-        "recurrent_kda", q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state
+    options = Options(
+        scale=scale,
+        initial_state=initial_state,
+        gate=gate,
+        qk_norm=qk_norm,
+        beta_logits=beta_logits,
+        cu_seqlens=cu_seqlens,
     )
+    call = check_arguments("recurrent_kda", q, k, v, g, beta, options)
     if v.numel() == 0:
-        return torch.empty_like(v), state.clone()
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    computed = (x.to(state.dtype) for x in (q, k, v, g, beta))
-    output, state = recurrent_kda_reference(*computed, scale=scale, state=state)
-    return output.to(v.dtype), state
+        return torch.empty_like(v), call.state().clone()
+
+    def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
+        computed = (x.to(call.dtype) for x in inputs)
+        output, state = recurrent_kda_reference(*computed, scale=call.scale, state=state)
+        return output.to(v.dtype), state
+
+    return _run_plain(call, form)
+
+
+def _run_plain(call: Arguments, form: _Form) -> tuple[Tensor, Tensor]:
+    """Run a torch form, on packed sequences one after another."""
+    inputs, state = call.plain(), call.state()
+    if call.cu_seqlens is None:
+        return form(inputs, state)
+    outputs: list[Tensor] = []
+    states: list[Tensor] = []
+    bounds: list[int] = call.cu_seqlens.tolist()
+    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        before = state[n : n + 1]
+        if start == stop:
+            states.append(before.clone())
+            continue
+        output, after = form(tuple(x[:, start:stop] for x in inputs), before)
+        outputs.append(output)
+        states.append(after)
+    return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+def _backend(
+    where: str, call: Arguments, backend: Backend | str | None, chunk_size: int | None
+) -> Backend:
+    """Return what runs; Triton is refused where it is asked for and cannot."""
+    chosen = resolve_backend(backend, where=where, device=call.v.device, dtype=call.dtype)
+    if chosen is Backend.TORCH:
+        return chosen
+    problem = None
+    if max(call.q.shape[-1], call.v.shape[-1]) > _TRITON_WIDTHS:
+        problem = f"keys and values are wider than {_TRITON_WIDTHS}"
+    elif call.needs_grad:
+        problem = "the Triton kernels have no backward pass yet"
+    elif chunk_size is not None:
+        problem = "the Triton kernels have a chunk size of their own"
+    if problem is None or backend is None:
+        return Backend.TORCH if problem else chosen
+    raise KernelInputError(
+        problem,
+        where=where,
+        expected="a call that Triton serves",
+        found=f'backend="{backend}"',
+        hint='Pass backend="torch", or None to let the call decide.',
+    )
 
 
 def _checked_chunk_size(chunk_size: int | None) -> int:
@@ -113,31 +188,3 @@ def _checked_chunk_size(chunk_size: int | None) -> int:
             hint="Leave chunk_size out to get the measured best.",
         )
     return chunk_size
-
-
-def _checked_state(
-    where: str,
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-) -> Tensor:
-    """Check all arguments; return the state to start from, in the dtype to compute in."""
-    specs = {
-        "q": (q, "B T H K"),
-        "k": (k, "B T H K"),
-        "v": (v, "B T H V"),
-        "g": (g, "B T H K"),
-        "beta": (beta, "B T H"),
-    }
-    if initial_state is not None:
-        specs["initial_state"] = (initial_state, "B H K V")
-    dims = expect(where, **specs)
-    dtype = expect_precision(where, q=q, k=k, v=v, g=g, beta=beta)
-    if initial_state is None:
-        return v.new_zeros([dims[dim] for dim in "BHKV"], dtype=dtype)
-    expect_dtype(where, dtype, initial_state=initial_state)
-    return initial_state

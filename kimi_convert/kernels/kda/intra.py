@@ -1,0 +1,295 @@
+"""What a chunk of C tokens does by itself, before any state is known, for all chunks at once.
+
+With G_i = g_1 + ... + g_i per key channel, the deltas u of a chunk solve (I + A) u = beta (v -
+S_0^T exp(G) k), where A_ij = beta_i k_i . exp(G_i - G_j) k_j for i > j. This stage computes
+
+    qg       = scale exp(G) q                                 [C, K]
+    kg       = exp(G_C - G) k                                 [C, K]
+    reads_ij = scale q_i . exp(G_i - G_j) k_j,  i >= j        [C, C]
+    solve    = (I + A)^-1 diag(beta)                          [C, C]
+    w        = solve exp(G) k                                 [C, K]
+    decay    = exp(G_C)                                       [K]
+
+so that `scan` has only matrix products left to do per chunk. docs/kernels/kda.md derives it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_convert.kernels.kda.device import (
+    PRECOMPUTED,
+    add_two,
+    dot_split,
+    from_middle,
+    invert_unit_lower,
+    locate_chunk,
+    log2_decay,
+    unit_scale,
+)
+from kimi_convert.kernels.kda.problem import Problem
+
+# How far, in log2, a gate may carry a factor from its reference row to either side. The factors
+# of a pair multiply to at most 1, so the limit is the range of the operands' dtype, and in fp32
+# the error of exp2, which grows with its argument.
+FACTOR_LIMITS = {torch.bfloat16: 120.0, torch.float16: 6.0, torch.float32: 4.0}
+
+
+TILE_K = 64  # key channels at a time
+
+
+class Chunks(NamedTuple):
+    """What `scan` reads; N chunks of all sequences, HV heads, K padded to a power of two."""
+
+    w: Tensor  # [N, HV, C, K]
+    qg: Tensor  # [N, HV, C, K]
+    kg: Tensor  # [N, HV, C, K]
+    reads: Tensor  # [N, HV, C, C]
+    solve: Tensor  # [N, HV, C, C]
+    decay: Tensor  # [N, HV, K] fp32
+
+
+@triton.jit
+def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_w, p_kg):
+    """Add what TILE_K channels give to the pairs, where one pair of factors serves the chunk.
+
+    exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j) with m the middle row. Entries above the diagonal
+    may be anything, also infinite.
+
+    Args:
+        a_qk, a_kk: [C, C] fp32, added to.
+        b_q, b_k: [C, TILE_K] fp32.
+        distance: [C, TILE_K], log2 of exp(G_i - G_m).
+        half, total: [TILE_K], log2 of exp(G_m) and exp(G_C).
+        p_qg, p_w, p_kg: [C, TILE_K], where these outputs go.
+    """
+    DTYPE: tl.constexpr = p_qg.dtype.element_ty
+    rises = tl.exp2(distance)
+    falls = tl.exp2(-distance)
+    b_q = b_q * rises
+    b_kf = b_k * falls
+    b_k = b_k * rises
+    b_column = tl.trans(b_kf.to(DTYPE))
+    a_qk = tl.dot(b_q.to(DTYPE), b_column, acc=a_qk)
+    a_kk = tl.dot(b_k.to(DTYPE), b_column, acc=a_kk)
+    factor = tl.exp2(half)[None, :]
+    tl.store(p_qg, (b_q * factor).to(DTYPE))
+    tl.store(p_w, (b_k * factor).to(DTYPE))
+    tl.store(p_kg, (b_kf * tl.exp2(total - half)[None, :]).to(DTYPE))
+    return a_qk, a_kk
+
+
+@triton.jit
+def add_pairs_by_halving(
+    a_qk, a_kk, b_q, b_k, b_g, total, p_qg, p_w, p_kg,
+    C: tl.constexpr, LOG_C: tl.constexpr, FACTOR_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Do the same for any gates: halve blocks of rows until no factor leaves the dtype's range.
+
+    A level joins the rows of the right half of every block with those of the left half; both
+    factors are at most 1. The last level joins all that is left within a block.
+    """
+    DTYPE: tl.constexpr = p_qg.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    i = tl.arange(0, C)
+    row, column = i[:, None], i[None, :]
+    apart = row ^ column
+    if EXACT:
+        before = tl.dot((row >= column).to(tl.float32), b_g, input_precision="tf32x3")
+        after = tl.dot((row < column).to(tl.float32), b_g, input_precision="tf32x3")
+    else:
+        before = tl.cumsum(b_g, 0)
+        after = total[None, :] - before
+    factor = tl.exp2(before)
+    tl.store(p_qg, (b_q * factor).to(DTYPE))
+    tl.store(p_w, (b_k * factor).to(DTYPE))
+    tl.store(p_kg, (b_k * tl.exp2(after)).to(DTYPE))
+    steepest = tl.maximum(-tl.min(tl.min(b_g, 1), 0), 1e-3)
+    levels = tl.ceil(tl.log2(steepest * (C // 2) / FACTOR_LIMIT)).to(tl.int32)
+    levels = tl.minimum(tl.maximum(levels, 0), LOG_C)
+    for level in range(levels + 1):
+        distance = from_middle(b_g, before, LOG_C - level, C, EXACT)
+        last = level == levels
+        rises = tl.exp2(tl.where(last, distance, -tl.abs(distance)))
+        falls = tl.exp2(tl.where(last, -distance, -tl.abs(distance)))
+        joined = (last & (apart < (C >> level))) | ((apart >> (LOG_C - 1 - level)) == 1)
+        b_column = tl.trans((b_k * falls).to(DTYPE))
+        pairs = tl.dot((b_q * rises).to(DTYPE), b_column, input_precision=PRECISION)
+        a_qk += tl.where(joined, pairs, 0)
+        pairs = tl.dot((b_k * rises).to(DTYPE), b_column, input_precision=PRECISION)
+        a_kk += tl.where(joined, pairs, 0)
+    return a_qk, a_kk
+
+
+@triton.jit
+def kda_intra_kernel(
+    # inputs
+    q,  # [T, H, K]
+    k,  # [T, H, K]
+    g,  # [T, HV, K]
+    beta,  # [T, HV]
+    A_log,  # [HV]
+    dt_bias,  # [HV, K]
+    cu_seqlens,  # [N + 1], where PACKED
+    chunk_offsets,  # [N + 1], where PACKED
+    # outputs
+    w,  # holds exp(G) k first
+    qg,
+    kg,
+    reads,
+    solve,
+    decay,
+    steep,  # [N, HV] int32: whether a gate carried a factor out of range
+    # sizes
+    length,  # tokens of a sequence, where not PACKED
+    num_chunks,  # of a sequence, where not PACKED
+    num_sequences,
+    H,
+    HV,
+    scale,
+    lower_bound,
+    # meta
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    BK: tl.constexpr,  # K, padded
+    TILE_K: tl.constexpr,  # key channels at a time
+    BN: tl.constexpr,  # sequences, padded
+    PACKED: tl.constexpr,
+    LAW: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    BETA_LOGITS: tl.constexpr,
+    FACTOR_LIMIT: tl.constexpr,
+    STEEP: tl.constexpr,  # handle the chunks that the kernel without it has marked
+    PRECISION: tl.constexpr,
+):
+    """Compute one chunk of one value head; the program ids are (chunk of all sequences, head)."""
+    i_c = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1)
+    i_ch = i_c * HV + i_h
+    DTYPE: tl.constexpr = qg.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    if STEEP:
+        if not EXACT:
+            if tl.load(steep + i_ch) == 0:
+                return
+    start, stop = locate_chunk(
+        i_c, cu_seqlens, chunk_offsets, length, num_chunks, num_sequences, C, BN, PACKED
+    )
+    i = tl.arange(0, C)
+    row, column = i[:, None], i[None, :]
+    # Rows past the end get no gate, key or beta, so they leave the state alone.
+    m_t = i < stop - start
+    # 64 bits for where the chunk lies, 32 for where a value lies in it.
+    q += (start * H + i_h // (HV // H)) * K
+    k += (start * H + i_h // (HV // H)) * K
+    g += (start * HV + i_h) * K
+    w += i_ch * C * BK
+    qg += i_ch * C * BK
+    kg += i_ch * C * BK
+    p_qk = row * (H * K)
+    p_g = row * (HV * K)
+    q_factor = tl.full([C, 1], 1.0, tl.float32) * scale
+    k_factor = tl.full([C, 1], 1.0, tl.float32)
+    if QK_NORM:
+        o_all = tl.arange(0, BK)[None, :]
+        m_all = m_t[:, None] & (o_all < K)
+        q_factor *= unit_scale(tl.load(q + p_qk + o_all, mask=m_all, other=0).to(tl.float32), 1)
+        k_factor *= unit_scale(tl.load(k + p_qk + o_all, mask=m_all, other=0).to(tl.float32), 1)
+
+    a_qk = tl.zeros([C, C], tl.float32)
+    a_kk = tl.zeros([C, C], tl.float32)
+    # Past the end and past K there is no decay.
+    no_decay = 0.0 if LAW == PRECOMPUTED else float("-inf")
+    worst = tl.zeros([TILE_K], tl.float32)
+    rate = 0.0
+    if LAW != PRECOMPUTED:
+        rate = tl.exp(tl.load(A_log + i_h).to(tl.float32))
+    signs = ((column > C // 2 - 1) & (column <= row)).to(tl.float16)
+    signs -= ((column > row) & (column <= C // 2 - 1)).to(tl.float16)
+    eye = (row == column).to(DTYPE)
+    for i_k in range(0, BK, TILE_K):
+        o_k = i_k + tl.arange(0, TILE_K)
+        m_k = o_k < K
+        m_tk = m_t[:, None] & m_k[None, :]
+        p_ck = row * BK + o_k[None, :]
+        b_g = tl.load(g + p_g + o_k[None, :], mask=m_tk, other=no_decay).to(tl.float32)
+        b_q = tl.load(q + p_qk + o_k[None, :], mask=m_tk, other=0)
+        b_k = tl.load(k + p_qk + o_k[None, :], mask=m_tk, other=0)
+        bias = tl.zeros([TILE_K], tl.float32)
+        if LAW != PRECOMPUTED:
+            bias = tl.load(dt_bias + i_h * K + o_k, mask=m_k, other=0).to(tl.float32)
+        b_g = log2_decay(b_g, rate, bias[None, :], lower_bound, LAW, EXACT)
+        half, total = tl.reduce((tl.where(row < C // 2, b_g, 0), b_g), 0, add_two)
+        tl.store(decay + i_ch * BK + o_k, tl.exp2(total))
+        if STEEP:
+            a_qk, a_kk = add_pairs_by_halving(
+                a_qk, a_kk, b_q.to(tl.float32) * q_factor, b_k.to(tl.float32) * k_factor, b_g,
+                total, qg + p_ck, w + p_ck, kg + p_ck, C, LOG_C, FACTOR_LIMIT, PRECISION,
+            )  # fmt: skip
+        else:
+            worst = tl.maximum(worst, -tl.minimum(half, total - half))
+            a_qk, a_kk = add_pairs_at_once(
+                a_qk, a_kk, tl.dot(eye, b_q) * q_factor, tl.dot(eye, b_k) * k_factor,
+                dot_split(signs, b_g), half, total, qg + p_ck, w + p_ck, kg + p_ck,
+            )  # fmt: skip
+    if not STEEP:
+        tl.store(steep + i_ch, (tl.max(worst, 0) > FACTOR_LIMIT).to(tl.int32))
+
+    b_beta = tl.load(beta + (start + i) * HV + i_h, mask=m_t, other=0).to(tl.float32)
+    if BETA_LOGITS:
+        b_beta = tl.where(m_t, tl.sigmoid(b_beta), 0)
+    p_cc = i_ch * C * C + row * C + column
+    tl.store(reads + p_cc, tl.where(row >= column, a_qk, 0).to(DTYPE))
+    a_kk = tl.where(row > column, a_kk * b_beta[:, None], 0)
+    inverse = invert_unit_lower(a_kk, C, LOG_C, DTYPE, PRECISION)
+    b_solve = (inverse * b_beta[None, :]).to(DTYPE)
+    tl.store(solve + p_cc, b_solve)
+    tl.debug_barrier()  # what this program has stored in w is read again, by other threads
+    for i_k in range(0, BK, TILE_K):
+        p_ck = row * BK + i_k + tl.arange(0, TILE_K)[None, :]
+        b_w = tl.dot(b_solve, tl.load(w + p_ck), input_precision=PRECISION)
+        tl.store(w + p_ck, b_w.to(DTYPE))
+
+
+def kda_intra(problem: Problem) -> Chunks:
+    """Run the stage for every chunk of a problem."""
+    p = problem
+    grid = (p.total_chunks, p.HV)
+    chunks = Chunks(
+        w=p.empty(*grid, p.C, p.BK),
+        qg=p.empty(*grid, p.C, p.BK),
+        kg=p.empty(*grid, p.C, p.BK),
+        reads=p.empty(*grid, p.C, p.C),
+        solve=p.empty(*grid, p.C, p.C),
+        decay=p.empty(*grid, p.BK, dtype=torch.float32),
+    )
+    marks = p.empty(*grid, dtype=torch.int32)
+    for steep in (True,) if p.dtype == torch.float32 else (False, True):
+        kda_intra_kernel[grid](
+            *(p.q, p.k, p.g, p.beta, p.A_log, p.dt_bias, p.cu_seqlens, p.chunk_offsets),
+            *chunks,
+            marks,
+            *(p.T, p.num_chunks, p.N, p.H, p.HV, p.scale, p.lower_bound),
+            K=p.K,
+            C=p.C,
+            LOG_C=p.C.bit_length() - 1,
+            BK=p.BK,
+            TILE_K=min(p.BK, TILE_K),
+            BN=p.BN,
+            PACKED=p.packed,
+            LAW=p.law,
+            QK_NORM=p.qk_norm,
+            BETA_LOGITS=p.beta_logits,
+            FACTOR_LIMIT=FACTOR_LIMITS[p.dtype],
+            STEEP=steep,
+            PRECISION=p.precision,
+            num_warps=4,
+            num_stages=1,
+        )
+    return chunks

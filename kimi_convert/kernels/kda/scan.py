@@ -1,0 +1,130 @@
+"""The state's way through the chunks of a sequence, and the outputs read on it.
+
+Per chunk, with what `intra` has made (all of it transposed here, so that the left operand of
+every product is a result of the one before, and stays in registers):
+
+    delta^T = v^T solve^T - S^T w^T
+    o^T     = S^T qg^T + delta^T reads^T
+    S^T     = S^T diag(decay) + delta^T kg
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kimi_convert.kernels.kda.intra import Chunks
+from kimi_convert.kernels.kda.problem import Problem
+
+
+@triton.jit
+def kda_scan_kernel(
+    # inputs
+    w,  # [N, HV, C, BK], N chunks
+    qg,  # [N, HV, C, BK]
+    kg,  # [N, HV, C, BK]
+    reads,  # [N, HV, C, C]
+    solve,  # [N, HV, C, C]
+    decay,  # [N, HV, BK]
+    v,  # [T, HV, V]
+    initial,  # [sequences, HV, K, V], where HAS_INITIAL
+    cu_seqlens,
+    chunk_offsets,
+    # outputs
+    o,  # [T, HV, V]
+    final,  # [sequences, HV, K, V]
+    # sizes
+    length,
+    num_chunks,
+    HV,
+    # meta
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    TILE_V: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Run TILE_V value channels of one head of one sequence; ids are (tile, sequence * HV + head)."""
+    i_v = tl.program_id(0)
+    i_nh = tl.program_id(1).to(tl.int64)
+    i_n = i_nh // HV
+    i_h = i_nh % HV
+    DTYPE: tl.constexpr = qg.dtype.element_ty
+    if PACKED:
+        start = tl.load(cu_seqlens + i_n).to(tl.int64)
+        stop = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
+        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
+        num_chunks = tl.load(chunk_offsets + i_n + 1) - tl.load(chunk_offsets + i_n)
+    else:
+        start = i_n * length
+        stop = start + length
+        first_chunk = i_n * num_chunks
+    i = tl.arange(0, C)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * TILE_V + tl.arange(0, TILE_V)
+    p_state = i_nh * K * V + o_k[None, :] * V + o_v[:, None]
+    m_state = (o_k < K)[None, :] & (o_v < V)[:, None]
+    state = tl.zeros([TILE_V, BK], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + p_state, mask=m_state, other=0).to(tl.float32)
+
+    i_ch = first_chunk * HV + i_h
+    # The decay is no operand of a product, so it is fetched a chunk ahead by hand.
+    next_decay = tl.load(decay + i_ch * BK + o_k)
+    for i_c in tl.range(0, num_chunks, num_stages=STAGES):
+        p_ck = i_ch * C * BK + i[:, None] * BK + o_k[None, :]
+        p_cc = i_ch * C * C + i[:, None] * C + i[None, :]
+        o_t = start + i_c * C + i
+        p_tv = (o_t[:, None] * HV + i_h) * V + o_v[None, :]
+        m_tv = (o_t < stop)[:, None] & (o_v < V)[None, :]
+        b_decay = next_decay
+        i_ch += HV
+        more = i_c + 1 < num_chunks
+        next_decay = tl.load(decay + i_ch * BK + o_k, mask=o_k < tl.where(more, BK, 0), other=0)
+        b_v = tl.load(v + p_tv, mask=m_tv, other=0)
+        b_solve = tl.load(solve + p_cc)
+        b_w = tl.load(w + p_ck)
+        b_qg = tl.load(qg + p_ck)
+        b_kg = tl.load(kg + p_ck)
+        b_reads = tl.load(reads + p_cc)
+
+        b_state = state.to(DTYPE)
+        delta = tl.dot(tl.trans(b_v), tl.trans(b_solve), input_precision=PRECISION)
+        delta = tl.dot(-b_state, tl.trans(b_w), acc=delta, input_precision=PRECISION)
+        read = tl.dot(b_state, tl.trans(b_qg), input_precision=PRECISION)
+        b_delta = delta.to(DTYPE)
+        state = tl.dot(b_delta, b_kg, acc=state * b_decay[None, :], input_precision=PRECISION)
+        read = tl.dot(b_delta, tl.trans(b_reads), acc=read, input_precision=PRECISION)
+        tl.store(o + p_tv, tl.trans(read).to(o.dtype.element_ty), mask=m_tv)
+    tl.store(final + p_state, state, mask=m_state)
+
+
+def kda_scan(problem: Problem, chunks: Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run all sequences; return the output [B, T, HV, V] and the states [N, HV, K, V] fp32."""
+    p = problem
+    output = torch.empty_like(p.v)
+    final = p.empty(p.N, p.HV, p.K, p.V, dtype=torch.float32)
+    tile_v = min(64 if p.dtype.itemsize == 2 else 32, p.BV)
+    kda_scan_kernel[(-(-p.V // tile_v), p.N * p.HV)](
+        *chunks,
+        *(p.v, initial_state, p.cu_seqlens, p.chunk_offsets),
+        *(output, final),
+        *(p.T, p.num_chunks, p.HV),
+        K=p.K,
+        V=p.V,
+        C=p.C,
+        BK=p.BK,
+        TILE_V=tile_v,
+        PACKED=p.packed,
+        HAS_INITIAL=initial_state is not None,
+        PRECISION=p.precision,
+        STAGES=2,
+        num_warps=4,
+    )
+    return output, final
