@@ -14,9 +14,10 @@ from enum import StrEnum
 from string import Formatter
 from typing import Protocol
 
+from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.errors import CheckpointError, MappingError
 
-_SHOWN = 8
+_COMPARED = 1000  # unknown names that are searched for one close to what is missing
 
 
 class Storage(StrEnum):
@@ -110,17 +111,13 @@ def expand(names: Iterable[Name], layout: Layout) -> tuple[Entry, ...]:
     """Turn a table into one entry per tensor, in the order of layers, then rows.
 
     Raises:
-        MappingError: two rows give the same parameter or the same checkpoint name.
+        MappingError: two rows give the same parameter or the same checkpoint name, aliases
+            included.
     """
-    entries = [entry for row in names for entry in _expand_row(row, layout)]
-    for key in ("param", "name"):
-        seen: set[str] = set()
-        for entry in entries:
-            text = str(getattr(entry, key))
-            if text in seen:
-                raise MappingError(f"two table rows give the {key} {text!r}")
-            seen.add(text)
-    return tuple(entries)
+    entries = tuple(entry for row in names for entry in _expand_row(row, layout))
+    _refuse_twice("param", (entry.param for entry in entries))
+    _refuse_twice("name", (name for entry in entries for name in (entry.name, *entry.aliases)))
+    return entries
 
 
 def expand_drops(drops: Iterable[Drop], layout: Layout) -> dict[str, str]:
@@ -150,18 +147,21 @@ def match(
         where: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, of the wrong shape or of a dtype that is
-            not a plain weight. All of one kind are counted, the first few named.
+        CheckpointError: tensors are missing or unknown, all counted and the first few named; or
+            one is there under two of its names, of the wrong shape or of a dtype that is not a
+            plain weight.
     """
     there = {tensor.name: tensor for tensor in stored}
     stored_names: dict[str, str] = {}
     missing: list[str] = []
     for entry in entries:
-        found = next((name for name in (entry.name, *entry.aliases) if name in there), None)
-        if found is None:
-            missing.append(entry.name)
+        found = [name for name in (entry.name, *entry.aliases) if name in there]
+        if len(found) > 1:
+            raise _stored_twice(found, where)
+        if found:
+            stored_names[entry.param] = found[0]
         else:
-            stored_names[entry.param] = found
+            missing.append(entry.name)
     read = set(stored_names.values())
     unread = [name for name in there if name not in read]
     unknown = [name for name in unread if name not in droppable]
@@ -191,14 +191,27 @@ def _expand_row(row: Name, layout: Layout) -> Iterator[Entry]:
         )
 
 
+def _refuse_twice(what: str, texts: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for text in texts:
+        if text in seen:
+            raise MappingError(f"two table rows give the {what} {text!r}")
+        seen.add(text)
+
+
+def holes(template: str) -> frozenset[str]:
+    """Return the names of a template's holes, such as `layer`."""
+    return frozenset(hole for _, hole, _, _ in Formatter().parse(template) if hole)
+
+
 def _places(template: str, where: str, layout: Layout) -> Iterator[tuple[int | None, int | None]]:
     """Give every layer of a set with every expert; None for what the template does not ask."""
-    holes = {hole for _, hole, _, _ in Formatter().parse(template) if hole}
+    asked = holes(template)
     layers = layout.layers[where]
     if not layers:
         return
-    experts = range(layout.num_experts) if "expert" in holes else (None,)
-    for layer_idx in layers if "layer" in holes else (None,):
+    experts = range(layout.num_experts) if "expert" in asked else (None,)
+    for layer_idx in layers if "layer" in asked else (None,):
         for expert_idx in experts:
             yield layer_idx, expert_idx
 
@@ -206,18 +219,28 @@ def _places(template: str, where: str, layout: Layout) -> Iterator[tuple[int | N
 def _uncovered(missing: list[str], unknown: list[str], where: object) -> CheckpointError:
     parts: list[str] = []
     if missing:
-        parts.append(f"{len(missing)} missing: {_listed(missing)}")
+        parts.append(f"{len(missing)} missing: {listed(missing)}")
     if unknown:
-        parts.append(f"{len(unknown)} unknown: {_listed(unknown)}")
-    near = get_close_matches(missing[0], unknown[:1000], 1) if missing else []
+        parts.append(f"{len(unknown)} unknown: {listed(unknown)}")
+    near = get_close_matches(missing[0], unknown[:_COMPARED], 1) if missing else []
     return CheckpointError(
         "checkpoint does not hold the tensors that its config.json asks for",
         where=where,
         expected="every tensor of the architecture and no other",
         found="; ".join(parts),
-        hint=f"Is {near[0]!r} meant to be {missing[0]!r}?"
+        hint=f"Is {quoted(near[0])} meant to be {missing[0]!r}?"
         if near
         else "Download the checkpoint again, or check that config.json belongs to it.",
+    )
+
+
+def _stored_twice(names: Sequence[str], where: object) -> CheckpointError:
+    return CheckpointError(
+        "checkpoint holds one tensor under two names",
+        where=where,
+        expected="one of them",
+        found=listed(names),
+        hint="Other programs may read the other one: remove the one that is not meant.",
     )
 
 
@@ -226,7 +249,7 @@ def _check_tensor(
 ) -> None:
     if tensor.shape != entry.shape:
         raise CheckpointError(
-            f"tensor {tensor.name!r} has the wrong shape",
+            f"tensor {quoted(tensor.name)} has the wrong shape",
             where=where,
             expected=list(entry.shape),
             found=list(tensor.shape),
@@ -234,14 +257,9 @@ def _check_tensor(
         )
     if tensor.dtype not in allowed:
         raise CheckpointError(
-            f"tensor {tensor.name!r} has a dtype that is not a plain weight",
+            f"tensor {quoted(tensor.name)} has a dtype that is not a plain weight",
             where=where,
             expected=", ".join(sorted(allowed)),
             found=tensor.dtype,
             hint="Quantised checkpoints are not supported yet; use a bf16 copy.",
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -12,7 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kimi_convert.errors import ConfigError
+from kimi_convert.config.limits import (
+    MAX_CONV_SIZE,
+    MAX_EXPERTS_IN_ALL,
+    MAX_HEADS,
+    MAX_INTEGER,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    require,
+    require_size,
+)
+
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")  # torch's names
 
 
 class Scoring(StrEnum):
@@ -42,11 +53,18 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse factors below 1 and empty ramps."""
-        _require(self.factor >= 1, "rope_scaling.factor", "at least 1", self.factor)
-        _require_positive(
-            "rope_scaling.original_max_position_embeddings", self.original_max_positions
+        """Refuse factors below 1, ramps that run backwards, and magnitudes below 1."""
+        require(1 <= self.factor <= 1e6, "rope_scaling.factor", "1 to 1000000", self.factor)
+        name = "rope_scaling.original_max_position_embeddings"
+        require_size(name, self.original_max_positions, MAX_INTEGER)
+        slow, fast = self.beta_slow, self.beta_fast
+        require(0 < slow <= 1e6, "rope_scaling.beta_slow", "above 0 and at most 1000000", slow)
+        require(
+            slow <= fast <= 1e6, "rope_scaling.beta_fast", f"beta_slow ({slow}) to 1000000", fast
         )
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(0 <= value <= 1e3, f"rope_scaling.{name}", "0 to 1000", value)
 
     @property
     def softmax_scale_factor(self) -> float:
@@ -72,7 +90,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         """Refuse a base that cannot give frequencies."""
-        _require(self.theta > 1, "rope_theta", "above 1", self.theta)
+        require(1 < self.theta <= 1e12, "rope_theta", "above 1 and at most 1e12", self.theta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +107,18 @@ class MlaConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no tensor can have."""
+        require_size("num_attention_heads", self.num_heads, MAX_HEADS)
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            _require_positive(name, getattr(self, name))
-        _require_positive("num_attention_heads", self.num_heads)
+            require_size(name, getattr(self, name), MAX_WIDTH)
         if self.q_lora_rank is not None:
-            _require_positive("q_lora_rank", self.q_lora_rank)
-        even = self.qk_rope_head_dim >= 0 and self.qk_rope_head_dim % 2 == 0
-        _require(even, "qk_rope_head_dim", "an even number", self.qk_rope_head_dim)
+            require_size("q_lora_rank", self.q_lora_rank, MAX_WIDTH)
+        require_size("qk_rope_head_dim", self.qk_rope_head_dim, MAX_WIDTH, least=0)
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            "qk_rope_head_dim",
+            "an even number",
+            self.qk_rope_head_dim,
+        )
 
     @property
     def qk_head_dim(self) -> int:
@@ -119,9 +142,9 @@ class KdaConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no tensor can have."""
-        _require_positive("linear_attn_config.num_heads", self.num_heads)
-        _require_positive("linear_attn_config.head_dim", self.head_dim)
-        _require_positive("linear_attn_config.short_conv_kernel_size", self.conv_size)
+        require_size("linear_attn_config.num_heads", self.num_heads, MAX_HEADS)
+        require_size("linear_attn_config.head_dim", self.head_dim, MAX_WIDTH)
+        require_size("linear_attn_config.short_conv_kernel_size", self.conv_size, MAX_CONV_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,37 +165,33 @@ class MoeConfig:
     topk_groups: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse routing that cannot choose the experts it must choose."""
-        _require_positive("moe_intermediate_size", self.intermediate_size)
-        _require_positive("moe_layer_freq", self.layer_freq)
-        _require_positive("num_expert_group", self.num_groups)
-        _require(
-            self.num_shared_experts >= 0, "num_shared_experts", ">= 0", self.num_shared_experts
+        """Refuse sizes that no tensor can have, and routing that cannot choose its experts."""
+        require_size("n_routed_experts or num_experts", self.num_experts, MAX_EXPERTS_IN_ALL)
+        require_size("moe_intermediate_size", self.intermediate_size, MAX_WIDTH)
+        require_size(
+            "n_shared_experts or num_shared_experts", self.num_shared_experts, MAX_WIDTH, least=0
         )
-        _require(
-            0 < self.num_experts_per_token <= self.num_experts,
-            "num_experts_per_token",
-            f"1 to num_experts ({self.num_experts})",
-            self.num_experts_per_token,
-        )
-        _require(
+        require_size("first_k_dense_replace", self.first_dense_layers, MAX_LAYERS, least=0)
+        require_size("moe_layer_freq", self.layer_freq, MAX_LAYERS)
+        scale = self.routed_scaling_factor
+        require(0 < scale <= 1e6, "routed_scaling_factor", "above 0 and at most 1000000", scale)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Refuse groups that do not divide the experts, or hold fewer than are to be chosen."""
+        groups = "n_group or num_expert_group"
+        require_size(groups, self.num_groups, self.num_experts)
+        require(
             self.num_experts % self.num_groups == 0,
-            "num_expert_group",
-            f"a divisor of num_experts ({self.num_experts})",
+            groups,
+            f"a divisor of the number of experts ({self.num_experts})",
             self.num_groups,
         )
-        _require(
-            0 < self.topk_groups <= self.num_groups,
-            "topk_group",
-            f"1 to num_expert_group ({self.num_groups})",
-            self.topk_groups,
-        )
-        reachable = self.topk_groups * (self.num_experts // self.num_groups)
-        _require(
-            self.num_experts_per_token <= reachable,
-            "num_experts_per_token",
-            f"at most the {reachable} experts of topk_group groups",
+        require_size("topk_group", self.topk_groups, self.num_groups)
+        require_size(
+            "num_experts_per_tok or num_experts_per_token",
             self.num_experts_per_token,
+            self.topk_groups * (self.num_experts // self.num_groups),
         )
 
     @property
@@ -213,29 +232,48 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be a model."""
         for name in ("hidden_size", "vocab_size", "intermediate_size"):
-            _require_positive(name, getattr(self, name))
-        _require_positive("num_hidden_layers", self.num_layers)
-        _require(self.rms_norm_eps > 0, "rms_norm_eps", "above 0", self.rms_norm_eps)
-        _require(self.num_mtp_layers >= 0, "num_nextn_predict_layers", ">= 0", self.num_mtp_layers)
+            require_size(name, getattr(self, name), MAX_WIDTH)
+        require_size("num_hidden_layers", self.num_layers, MAX_LAYERS)
+        require_size("num_nextn_predict_layers", self.num_mtp_layers, MAX_LAYERS, least=0)
+        require_size(
+            "max_position_embeddings or model_max_length", self.max_positions, MAX_INTEGER
+        )
+        eps, spread = self.rms_norm_eps, self.initializer_range
+        require(0 < eps <= 1, "rms_norm_eps", "above 0 and at most 1", eps)
+        require(0 <= spread <= 1e3, "initializer_range", "0 to 1000", spread)
+        require(self.dtype in WEIGHT_DTYPES, "dtype", " or ".join(WEIGHT_DTYPES), self.dtype)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Refuse layer sets that do not fit, and more experts than can be enumerated."""
         ordered = tuple(sorted(set(self.kda_layers))) == self.kda_layers
         inside = all(0 <= layer < self.num_layers for layer in self.kda_layers)
-        _require(
+        require(
             ordered and inside,
             "kda_layers",
             f"increasing layer numbers below {self.num_layers}",
             self.kda_layers,
         )
-        _require(
+        require(
             (self.kda is None) == (not self.kda_layers),
             "linear_attn_config",
             "KDA sizes if and only if there are KDA layers",
             self.kda,
         )
+        experts = self.moe.num_experts if self.moe else 0
+        layers = self.num_layers + self.num_mtp_layers
+        require(
+            experts * layers <= MAX_EXPERTS_IN_ALL,
+            "n_routed_experts or num_experts",
+            f"at most {MAX_EXPERTS_IN_ALL} experts in all layers",
+            f"{experts} in each of {layers} layers",
+        )
 
     @property
     def mla_layers(self) -> tuple[int, ...]:
         """Layers whose mixer is full attention."""
-        return tuple(i for i in range(self.num_layers) if i not in set(self.kda_layers))
+        kda_layers = frozenset(self.kda_layers)
+        return tuple(i for i in range(self.num_layers) if i not in kda_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -243,14 +281,3 @@ class ModelConfig:
         if self.moe is None:
             return ()
         return tuple(i for i in range(self.num_layers) if self.moe.is_moe_layer(i))
-
-
-def _require(holds: bool, field_name: str, expected: object, found: object) -> None:
-    if not holds:
-        raise ConfigError(
-            f"config field {field_name!r} is not valid", expected=expected, found=found
-        )
-
-
-def _require_positive(field_name: str, value: int) -> None:
-    _require(value > 0, field_name, "a number above 0", value)

@@ -8,6 +8,8 @@ fields that do not bear on the maths are carried.
 from __future__ import annotations
 
 import json
+import math
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -16,10 +18,12 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.deepseek import SOURCE_TYPES, deepseek_to_json, parse_deepseek
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.kimi_linear import TARGET_TYPE, kimi_linear_to_json, parse_kimi_linear
+from kimi_convert.config.limits import shown
 from kimi_convert.errors import ConfigError
 
 CONFIG_FILE = "config.json"
 _MAX_JSON_BYTES = 16 * 1024 * 1024
+_MAX_DIGITS = 1000  # of a whole number; Python reads no more than 4300
 
 _PARSERS: Mapping[str, Callable[[Fields, str], ModelConfig]] = {
     **dict.fromkeys(SOURCE_TYPES, parse_deepseek),
@@ -60,7 +64,7 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
             "config field 'model_type' names an architecture that is not supported",
             where=where,
             expected=", ".join(sorted(_PARSERS)),
-            found=repr(model_type),
+            found=shown(model_type),
             hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2 and Kimi-Linear.",
         )
     try:
@@ -76,22 +80,28 @@ def config_to_json(config: ModelConfig) -> dict[str, object]:
 
 
 def read_json_object(path: Path) -> dict[str, object]:
-    """Read a file that must hold one JSON object of at most 16 MiB.
+    """Read a file that must hold one JSON object in UTF-8, of at most 16 MiB.
 
     Raises:
-        ConfigError: it is missing, too large, not JSON or not an object.
+        ConfigError: it is missing, not a plain file, too large, not JSON, not an object, gives a
+            field twice, or gives one a number that no computer number can hold.
     """
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise ConfigError(f"{path.name} is too large", where=path, found=f"{size} bytes")
-        document: object = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        document: object = json.loads(
+            _read_plain_file(path).decode("utf-8"),
+            object_pairs_hook=_checked_object,
+            parse_int=_parse_integer,
+            parse_constant=_refuse_constant,
+        )
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path.name} is missing",
             where=path.parent,
             hint="Give the folder of a checkpoint in Hugging Face format.",
         ) from error
+    except ConfigError as error:
+        error.where = str(path)
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not readable JSON", where=path, found=error) from error
     if not isinstance(document, dict):
@@ -99,6 +109,49 @@ def read_json_object(path: Path) -> dict[str, object]:
             f"{path.name} must hold a JSON object", where=path, found=type(document).__name__
         )
     return cast("dict[str, object]", document)
+
+
+def _read_plain_file(path: Path) -> bytes:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise ConfigError(f"{path.name} is not a plain file")
+    if status.st_size > _MAX_JSON_BYTES:
+        raise ConfigError(
+            f"{path.name} is too large",
+            expected=f"at most {_MAX_JSON_BYTES} bytes",
+            found=f"{status.st_size} bytes",
+        )
+    return path.read_bytes()
+
+
+def _checked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Build a JSON object; here, and not in `_parse_integer`, the field is known."""
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(
+                f"config field {shown(name)} is given twice",
+                found=f"{shown(found[name])} and {shown(value)}",
+            )
+        if _holds_infinity(value):
+            raise ConfigError(
+                f"config field {shown(name)} is not valid",
+                expected="numbers that fit in 64 bits",
+                found="a number that is far too large",
+            )
+        found[name] = value
+    return found
+
+
+def _holds_infinity(value: object) -> bool:
+    """Tell whether a value, or a list at any depth, holds a number that did not fit."""
+    if isinstance(value, list):
+        return any(map(_holds_infinity, cast("list[object]", value)))
+    return isinstance(value, float) and math.isinf(value)
+
+
+def _parse_integer(digits: str) -> float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else math.inf
 
 
 def _refuse_constant(name: str) -> object:

@@ -12,11 +12,13 @@ from kimi_convert.config.architecture import (
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.layer_lists import kda_layers_of, leading_dense_layers
 from kimi_convert.config.shared_fields import (
+    carried_fields,
     parse_mla,
     parse_scoring,
     parse_shared,
     parse_topk_method,
     shared_to_json,
+    written_fields,
 )
 from kimi_convert.errors import ConfigError
 
@@ -29,7 +31,7 @@ def parse_kimi_linear(fields: Fields, model_type: str) -> ModelConfig:
     fields.expect("mla_use_nope", True)
     shared = parse_shared(fields, model_type)
     mla = parse_mla(fields, rotates=False)
-    linear = fields.nested("linear_attn_config") or Fields({}, where="config.json")
+    linear = fields.nested("linear_attn_config") or fields.inside("linear_attn_config", {})
     kda_layers = kda_layers_of(fields, linear, shared["num_layers"])
     kda = KdaConfig(
         num_heads=_size(linear, "num_heads", fields, "linear_num_heads"),
@@ -40,37 +42,43 @@ def parse_kimi_linear(fields: Fields, model_type: str) -> ModelConfig:
     return ModelConfig(
         **shared,
         mla=mla,
-        kda=kda if kda_layers else None,
+        kda=kda,
         kda_layers=kda_layers,
         moe=_parse_moe(fields, shared["num_layers"]),
-        carried=fields.rest(),
+        carried=carried_fields(fields, _written(shared["hidden_size"], mla.num_heads)),
     )
 
 
 def kimi_linear_to_json(config: ModelConfig) -> dict[str, object]:
     """Spell a hybrid config with every field of the released one, inert ones included."""
     document: dict[str, object] = {
-        "architectures": [_ARCHITECTURE],
-        # Inert where nothing rotates, but mlx-lm refuses a config without them.
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "head_dim": config.hidden_size // config.mla.num_heads,
+        **_written(config.hidden_size, config.mla.num_heads),
         **config.carried,
         **shared_to_json(config),
         "model_max_length": config.max_positions,
-        "mla_use_nope": True,
     }
-    if config.kda is not None:
-        document["linear_attn_config"] = {
-            "full_attn_layers": [layer + 1 for layer in config.mla_layers],
-            "head_dim": config.kda.head_dim,
-            "kda_layers": [layer + 1 for layer in config.kda_layers],
-            "num_heads": config.kda.num_heads,
-            "short_conv_kernel_size": config.kda.conv_size,
-        }
+    assert config.kda is not None, "a config without KDA layers is not read as Kimi-Linear"
+    document["linear_attn_config"] = {
+        "full_attn_layers": [layer + 1 for layer in config.mla_layers],
+        "head_dim": config.kda.head_dim,
+        "kda_layers": [layer + 1 for layer in config.kda_layers],
+        "num_heads": config.kda.num_heads,
+        "short_conv_kernel_size": config.kda.conv_size,
+    }
     if config.moe is not None:
         document |= _moe_to_json(config.moe)
     return document
+
+
+def _written(hidden_size: int, num_heads: int) -> dict[str, object]:
+    return {
+        **written_fields(_ARCHITECTURE),
+        "mla_use_nope": True,
+        "head_dim": hidden_size // num_heads,  # used by no layer
+        # Inert where nothing rotates, but mlx-lm refuses a config without them.
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+    }
 
 
 def _parse_moe(fields: Fields, num_layers: int) -> MoeConfig | None:
@@ -78,6 +86,12 @@ def _parse_moe(fields: Fields, num_layers: int) -> MoeConfig | None:
     first_dense_layers = leading_dense_layers(fields, num_layers)
     if num_experts is None:
         return None
+    num_groups = fields.integer("num_expert_group", "n_group", default=1)
+    if not fields.boolean("use_grouped_topk", default=True) and num_groups != 1:
+        raise ConfigError(
+            "config fields 'use_grouped_topk' and 'num_expert_group' contradict each other",
+            found=f"false and {num_groups} groups",
+        )
     return MoeConfig(
         num_experts=num_experts,
         num_experts_per_token=fields.integer("num_experts_per_token", "num_experts_per_tok"),
@@ -89,7 +103,7 @@ def _parse_moe(fields: Fields, num_layers: int) -> MoeConfig | None:
         topk_method=parse_topk_method(fields, default=TopkMethod.NOAUX_TC),
         renormalize=fields.boolean("moe_renormalize", "norm_topk_prob", default=True),
         routed_scaling_factor=fields.number("routed_scaling_factor", default=1.0),
-        num_groups=fields.integer("num_expert_group", "n_group", default=1),
+        num_groups=num_groups,
         topk_groups=fields.integer("topk_group", default=1),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kimi_convert.config.fields import Fields
+from kimi_convert.config.limits import shown
 from kimi_convert.errors import ConfigError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -28,7 +29,7 @@ def kda_layers_of(fields: Fields, linear: Fields, num_layers: int) -> tuple[int,
             or neither spelling is present.
     """
     listed = _from_lists(
-        linear.integers("kda_layers"), linear.integers("full_attn_layers"), num_layers
+        linear.integer_list("kda_layers"), linear.integer_list("full_attn_layers"), num_layers
     )
     typed = _from_types(fields.texts("layer_types"), num_layers)
     if listed is None and typed is None:
@@ -40,8 +41,8 @@ def kda_layers_of(fields: Fields, linear: Fields, num_layers: int) -> tuple[int,
     if listed is not None and typed is not None and listed != typed:
         raise ConfigError(
             "config fields 'linear_attn_config' and 'layer_types' contradict each other",
-            expected=f"KDA layers {_one_based(listed)} (counted from 1)",
-            found=f"{_one_based(typed)}",
+            expected=f"KDA layers {shown(_one_based(listed))} (counted from 1)",
+            found=shown(_one_based(typed)),
         )
     return listed if listed is not None else typed or ()
 
@@ -58,11 +59,12 @@ def leading_dense_layers(fields: Fields, num_layers: int) -> int:
     if types is None:
         return 0 if stated is None else stated
     dense = sum(one == _DENSE for one in types)
-    if list(types) != [_DENSE] * dense + [_SPARSE] * (num_layers - dense):
+    ordered = [_DENSE] * dense + [_SPARSE] * (len(types) - dense)
+    if len(types) != num_layers or list(types) != ordered:
         raise ConfigError(
             "config field 'mlp_layer_types' is not valid",
             expected=f"{num_layers} entries, {_DENSE!r} ones first, then {_SPARSE!r}",
-            found=list(types),
+            found=shown(types),
         )
     if stated is not None and min(stated, num_layers) != dense:
         raise ConfigError(
@@ -84,24 +86,25 @@ def _from_lists(
             raise ConfigError(
                 f"config field 'linear_attn_config.{name}' names layers that do not exist",
                 expected=f"numbers from 1 to {num_layers}{counted}",
-                found=outside,
+                found=shown(outside),
             )
         if len(set(layers)) != len(layers):
             raise ConfigError(
-                f"config field 'linear_attn_config.{name}' names a layer twice", found=list(layers)
+                f"config field 'linear_attn_config.{name}' names a layer twice",
+                found=shown(layers),
             )
     overlap = sorted(set(kda) & set(full))
     if overlap:
         raise ConfigError(
             "config fields 'linear_attn_config.kda_layers' and 'full_attn_layers' overlap",
-            found=overlap,
+            found=shown(overlap),
         )
     left_out = sorted(set(range(1, num_layers + 1)) - set(kda) - set(full))
     if left_out:
         raise ConfigError(
             "config fields 'linear_attn_config.kda_layers' and 'full_attn_layers' leave layers out",
             expected=f"every layer from 1 to {num_layers} in one of them",
-            found=f"nothing for {left_out}",
+            found=f"nothing for {shown(left_out)}",
         )
     return tuple(sorted(layer - 1 for layer in kda))
 
@@ -113,7 +116,7 @@ def _from_types(types: Sequence[str] | None, num_layers: int) -> tuple[int, ...]
         raise ConfigError(
             "config field 'layer_types' is not valid",
             expected=f"{num_layers} entries, each {_LINEAR!r} or {_FULL!r}",
-            found=list(types),
+            found=shown(types),
         )
     return tuple(layer for layer, kind in enumerate(types) if kind == _LINEAR)
 

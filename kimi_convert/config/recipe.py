@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import cast
 
 from kimi_convert.config.fields import Fields
+from kimi_convert.config.limits import MAX_LAYERS, shown
 from kimi_convert.errors import ConfigError, RecipeError
 
 _MAX_RECIPE_BYTES = 1024 * 1024
@@ -54,7 +54,16 @@ class Recipe:
     seed: int = 0  # of the down-projections of the gates, which start without effect
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no weight can be made from."""
+        """Refuse numbers that no weight can be made from, and lists that name no layers."""
+        if self.keep_layers is not None:
+            _require(
+                tuple(sorted(set(self.keep_layers))) == self.keep_layers,
+                "layers.keep",
+                "each layer once, in order",
+                self.keep_layers,
+            )
+            outside = [layer for layer in self.keep_layers if not 0 <= layer < MAX_LAYERS]
+            _require(not outside, "layers.keep", "layers counted from 0", outside)
         positive = {
             "kda.short_conv_size": self.short_conv_size,
             "kda.qk_rms": self.qk_rms,
@@ -71,7 +80,7 @@ class Recipe:
             1e-2 <= shortest <= longest <= 1e7,
             "kda.half_life_tokens",
             "two numbers from 0.01 to 10000000, the shorter first",
-            list(self.half_life_tokens),
+            self.half_life_tokens,
         )
         _require(0 <= self.seed < 2**31, "kda.seed", "0 to 2147483647", self.seed)
 
@@ -110,77 +119,87 @@ def load_recipe(path: Path | None) -> Recipe:
     """
     if path is None:
         return Recipe()
-    try:
-        if path.stat().st_size > _MAX_RECIPE_BYTES:
-            raise RecipeError("recipe file is too large", where=path, expected="at most 1 MiB")
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError("recipe file is missing", where=path) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError("recipe file is not readable TOML", where=path, found=error) from error
+    document = _read_toml(path)
     try:
         return _parse(document, path)
     except ConfigError as error:
         raise RecipeError(
-            error.message.replace("config field", "recipe field"),
+            error.message.replace("config field", "recipe field", 1),
             where=path,
             expected=error.expected,
             found=error.found,
-            hint=f"Fields and defaults: {sorted(Recipe().to_json())}.",
+            hint=error.hint,
         ) from error
     except RecipeError as error:
-        error.where = error.where or str(path)
+        error.where = str(path)
         raise
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_RECIPE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RecipeError("recipe file is missing", where=path) from error
+    except OSError as error:
+        raise RecipeError(
+            "recipe file cannot be read", where=path, found=error.strerror
+        ) from error
+    if len(data) > _MAX_RECIPE_BYTES:
+        raise RecipeError("recipe file is too large", where=path, expected="at most 1 MiB")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    # ValueError is broken TOML, with its line and column, broken UTF-8, or a number too long.
+    except (ValueError, RecursionError) as error:
+        raise RecipeError("recipe file is not readable TOML", where=path, found=error) from error
 
 
 def _parse(document: Mapping[str, object], path: Path) -> Recipe:
     defaults = Recipe()
     top = Fields(document, where=path)
-    empty = Fields({}, where=path)
-    layers = top.nested("layers") or empty
-    mla = top.nested("mla") or empty
-    kda = top.nested("kda") or empty
-    recipe = Recipe(
+    layers, mla, kda = (
+        top.nested(name) or top.inside(name, {}) for name in ("layers", "mla", "kda")
+    )
+    values = Recipe(
         keep_layers=_keep_layers(layers),
         rope=_rope(mla.text("rope", default=defaults.rope)),
         short_conv_size=kda.integer("short_conv_size", default=defaults.short_conv_size),
         qk_rms=kda.number("qk_rms", default=defaults.qk_rms),
         v_rms=kda.number("v_rms", default=defaults.v_rms),
-        half_life_tokens=_half_lives(kda.raw("half_life_tokens")) or defaults.half_life_tokens,
+        half_life_tokens=_half_lives(kda) or defaults.half_life_tokens,
         output_scale=kda.number("output_scale", default=defaults.output_scale),
         seed=kda.integer("seed", default=defaults.seed),
     )
     for section in (top, layers, mla, kda):
         section.refuse_rest()
-    return recipe
+    return values
 
 
 def _keep_layers(layers: Fields) -> tuple[int, ...] | None:
     stated = layers.raw("keep")
     if stated in (None, _RELEASED):
         return None
-    listed = layers.integers("keep")
     _require(isinstance(stated, list), "layers.keep", f"{_RELEASED!r} or a list", stated)
-    _require(len(set(listed)) == len(listed), "layers.keep", "each layer once", list(listed))
+    listed = layers.integer_list("keep")
+    _require(len(set(listed)) == len(listed), "layers.keep", "each layer once", listed)
     return tuple(sorted(listed))
 
 
 def _rope(text: str) -> RopeHandling:
-    _require(text in {*RopeHandling}, "mla.rope", " or ".join(RopeHandling), repr(text))
+    _require(text in {*RopeHandling}, "mla.rope", " or ".join(RopeHandling), text)
     return RopeHandling(text)
 
 
-def _half_lives(stated: object) -> tuple[float, float] | None:
-    if stated is None:
+def _half_lives(kda: Fields) -> tuple[float, float] | None:
+    pair = kda.numbers("half_life_tokens")
+    if pair is None:
         return None
-    pair = cast("list[object]", stated) if isinstance(stated, list) else []
-    numbers = [one for one in pair if isinstance(one, int | float) and not isinstance(one, bool)]
-    _require(len(numbers) == len(pair) == 2, "kda.half_life_tokens", "two numbers", stated)
-    return float(numbers[0]), float(numbers[1])
+    _require(len(pair) == 2, "kda.half_life_tokens", "two numbers", pair)
+    return pair[0], pair[1]
 
 
 def _require(holds: bool, field_name: str, expected: object, found: object) -> None:
     if not holds:
         raise RecipeError(
-            f"recipe field {field_name!r} is not valid", expected=expected, found=found
+            f"recipe field {field_name!r} is not valid", expected=expected, found=shown(found)
         )

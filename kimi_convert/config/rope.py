@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kimi_convert.config.architecture import RopeConfig, YarnConfig
 from kimi_convert.config.fields import Fields
+from kimi_convert.config.limits import shown
 from kimi_convert.errors import ConfigError
 
 _DEFAULT_THETA = 10000.0
@@ -15,26 +16,11 @@ def parse_rope(fields: Fields) -> RopeConfig:
     Raises:
         ConfigError: both spellings are present and differ, or the scaling is of an unknown type.
     """
-    theta = fields.number("rope_theta", default=-1.0)
-    old = _parse_scaling(fields.nested("rope_scaling"), fallback=None)
-    parameters = fields.nested("rope_parameters")
-    new_theta = parameters.number("rope_theta", default=-1.0) if parameters else -1.0
-    new = _parse_scaling(parameters, fallback=old)
-    if theta >= 0 and new_theta >= 0 and theta != new_theta:
-        raise ConfigError(
-            "config fields 'rope_theta' and 'rope_parameters.rope_theta' contradict each other",
-            found=f"{theta} and {new_theta}",
-        )
-    if old is not None and parameters is not None and old != new:
-        raise ConfigError(
-            "config fields 'rope_scaling' and 'rope_parameters' contradict each other",
-            found=f"{old} and {new}",
-        )
-    stated = max(theta, new_theta)
+    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     return RopeConfig(
-        theta=_DEFAULT_THETA if stated < 0 else stated,
+        theta=_parse_theta(fields, scaling, parameters),
         interleaved=fields.boolean("rope_interleave", default=True),
-        yarn=new,
+        yarn=_parse_yarn(scaling, parameters),
     )
 
 
@@ -58,19 +44,52 @@ def rope_to_json(rope: RopeConfig | None) -> dict[str, object]:
     return document
 
 
-def _parse_scaling(scaling: Fields | None, fallback: YarnConfig | None) -> YarnConfig | None:
-    if scaling is None:
-        return fallback
+def _parse_theta(fields: Fields, scaling: Fields | None, parameters: Fields | None) -> float:
+    """Read the base from the three places that may state it."""
+    places = (
+        ("rope_theta", fields),
+        ("rope_scaling.rope_theta", scaling),
+        ("rope_parameters.rope_theta", parameters),
+    )
+    read = ((name, place and place.optional_number("rope_theta")) for name, place in places)
+    stated = [(name, theta) for name, theta in read if theta is not None]
+    if not stated:
+        return _DEFAULT_THETA
+    (first, theta), *others = stated
+    for name, other in others:
+        if other != theta:
+            raise ConfigError(
+                f"config fields {first!r} and {name!r} contradict each other",
+                found=f"{theta} and {other}",
+            )
+    return theta
+
+
+def _parse_yarn(scaling: Fields | None, parameters: Fields | None) -> YarnConfig | None:
+    stated = [_parse_scaling(one) for one in (scaling, parameters) if one is not None]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise ConfigError(
+            "config fields 'rope_scaling' and 'rope_parameters' contradict each other",
+            found=f"{stated[0]} and {stated[1]}",
+        )
+    return stated[0] if stated else None
+
+
+def _parse_scaling(scaling: Fields) -> YarnConfig | None:
     kind = scaling.text("rope_type", "type", default="default")
-    if kind == "default":
-        return None
-    if kind != "yarn":
+    if kind not in ("default", "yarn"):
         raise ConfigError(
             "config field 'rope_scaling' has a type that is not supported",
             expected="yarn, default or null",
-            found=repr(kind),
+            found=shown(kind),
         )
-    yarn = YarnConfig(
+    yarn = None if kind == "default" else _yarn(scaling)
+    scaling.refuse_rest()
+    return yarn
+
+
+def _yarn(scaling: Fields) -> YarnConfig:
+    return YarnConfig(
         factor=scaling.number("factor"),
         original_max_positions=scaling.integer("original_max_position_embeddings"),
         beta_fast=scaling.number("beta_fast", default=32.0),
@@ -78,6 +97,3 @@ def _parse_scaling(scaling: Fields | None, fallback: YarnConfig | None) -> YarnC
         mscale=scaling.number("mscale", default=1.0),
         mscale_all_dim=scaling.number("mscale_all_dim", default=0.0),
     )
-    scaling.number("rope_theta", default=0.0)  # read beside the scaling by `parse_rope`
-    scaling.refuse_rest()
-    return yarn

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypedDict
 
 from kimi_convert.config.architecture import MlaConfig, ModelConfig, Scoring, TopkMethod
-from kimi_convert.config.fields import Fields
+from kimi_convert.config.fields import Fields, same
+from kimi_convert.config.limits import MAX_LAYERS, shown
 from kimi_convert.config.rope import parse_rope
 from kimi_convert.errors import ConfigError
+
+# What every config.json gets that says nothing else: of one value only, or inert.
+_WRITTEN: Mapping[str, object] = MappingProxyType({"hidden_act": "silu", "use_cache": True})
 
 
 class SharedFields(TypedDict):
@@ -27,7 +33,7 @@ class SharedFields(TypedDict):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    quantization: object
+    quantization: Mapping[str, object] | None
 
 
 def parse_shared(fields: Fields, model_type: str) -> SharedFields:
@@ -38,7 +44,7 @@ def parse_shared(fields: Fields, model_type: str) -> SharedFields:
     return SharedFields(
         model_type=model_type,
         hidden_size=fields.integer("hidden_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.integer("num_hidden_layers", least=1, most=MAX_LAYERS),
         vocab_size=fields.integer("vocab_size"),
         intermediate_size=fields.integer("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
@@ -54,6 +60,23 @@ def parse_shared(fields: Fields, model_type: str) -> SharedFields:
     )
 
 
+def written_fields(architecture: str) -> dict[str, object]:
+    """Return the fields that a config.json gets where `ModelConfig.carried` has no other value."""
+    return {"architectures": [architecture], **_WRITTEN}
+
+
+def carried_fields(fields: Fields, written: Mapping[str, object]) -> dict[str, object]:
+    """Return what nothing has read, without the fields that are written anyway.
+
+    So a config equals what is read back from the config.json that it is written to.
+    """
+    return {
+        name: value
+        for name, value in fields.rest().items()
+        if name not in written or not same(value, written[name])
+    }
+
+
 def shared_to_json(config: ModelConfig) -> dict[str, object]:
     """Spell the fields that both families share."""
     eos = config.eos_token_ids
@@ -67,8 +90,6 @@ def shared_to_json(config: ModelConfig) -> dict[str, object]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": config.dtype,
         "initializer_range": config.initializer_range,
-        "hidden_act": "silu",
-        "use_cache": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
         "pad_token_id": config.pad_token_id,
@@ -90,7 +111,8 @@ def parse_mla(fields: Fields, *, rotates: bool) -> MlaConfig:
     """Read the sizes of multi-head latent attention.
 
     Raises:
-        ConfigError: fewer key-value heads than query heads, which MLA does not have.
+        ConfigError: fewer key-value heads than query heads, which MLA does not have, or a width
+            of queries that is not the sum of their parts.
     """
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
@@ -100,12 +122,14 @@ def parse_mla(fields: Fields, *, rotates: bool) -> MlaConfig:
             expected=f"{num_heads}, since MLA has one key and value per query head",
             found=num_kv_heads,
         )
+    nope, rotated = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    fields.expect("qk_head_dim", nope + rotated, None)
     return MlaConfig(
         num_heads=num_heads,
         q_lora_rank=fields.optional_integer("q_lora_rank"),
         kv_lora_rank=fields.integer("kv_lora_rank"),
-        qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rotated,
         v_head_dim=fields.integer("v_head_dim"),
         rope=parse_rope(fields) if rotates else None,
     )
@@ -118,7 +142,7 @@ def parse_scoring(fields: Fields, name: str, *, default: Scoring) -> Scoring:
         raise ConfigError(
             f"config field {name!r} names an unknown scoring function",
             expected=" or ".join(Scoring),
-            found=repr(text),
+            found=shown(text),
         )
     return Scoring(text)
 
@@ -130,6 +154,6 @@ def parse_topk_method(fields: Fields, *, default: TopkMethod) -> TopkMethod:
         raise ConfigError(
             "config field 'topk_method' names an unknown method",
             expected=", ".join(TopkMethod),
-            found=repr(text),
+            found=shown(text),
         )
     return TopkMethod(text)

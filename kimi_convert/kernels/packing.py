@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def _check_values(where: str, offsets: list[int], length: int) -> None:
         raise _wrong(where, "a first offset of 0", offsets[0])
     if offsets[-1] != length:
         raise _wrong(where, f"a last offset of {length}, the number of tokens", offsets[-1])
-    for n, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(offsets)):
         if stop < start:
             raise _wrong(where, "offsets that never decrease", f"{start}, {stop} at {n}")
 

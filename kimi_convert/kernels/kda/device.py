@@ -58,7 +58,9 @@ def log2_softplus(x, PRECISE: tl.constexpr):
     log1p = log2_approx(more)
     if PRECISE:
         rounded = more - 1.0
-        log1p = tl.where(rounded == 0, e * LOG2_E, log1p * (e / tl.where(rounded == 0, 1, rounded)))
+        log1p = tl.where(
+            rounded == 0, e * LOG2_E, log1p * (e / tl.where(rounded == 0, 1, rounded))
+        )
     return tl.where(y > 24.0, y, log1p)
 
 
@@ -138,7 +140,7 @@ def invert_unit_lower(
     [[X, 0], [L, Y]]^-1 = [[X^-1, 0], [-Y^-1 L X^-1, Y^-1]]. For keys of unit length the entries are
     those of products of contractions, at most 1, so fp16 holds them with more digits than bf16.
     """
-    OPERAND: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.float16
+    OPERAND: tl.constexpr = tl.float32 if tl.float32 == DTYPE else tl.float16
     apart = tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]
     inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, a, 0.0)
     for exponent in tl.static_range(1, LOG_C):

@@ -32,15 +32,12 @@ from kimi_convert.kernels.kda.device import (
     log2_decay,
     unit_scale,
 )
-from kimi_convert.kernels.kda.problem import Problem
+from kimi_convert.kernels.kda.problem import TILE_K, Problem
 
 # How far, in log2, a gate may carry a factor from its reference row to either side. The factors
 # of a pair multiply to at most 1, so the limit is the range of the operands' dtype, and in fp32
 # the error of exp2, which grows with its argument.
 FACTOR_LIMITS = {torch.bfloat16: 120.0, torch.float16: 6.0, torch.float32: 4.0}
-
-
-TILE_K = 64  # key channels at a time
 
 
 class Chunks(NamedTuple):
@@ -95,7 +92,7 @@ def add_pairs_by_halving(
     factors are at most 1. The last level joins all that is left within a block.
     """
     DTYPE: tl.constexpr = p_qg.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    EXACT: tl.constexpr = tl.float32 == DTYPE
     i = tl.arange(0, C)
     row, column = i[:, None], i[None, :]
     apart = row ^ column
@@ -173,11 +170,11 @@ def kda_intra_kernel(
     i_h = tl.program_id(1)
     i_ch = i_c * HV + i_h
     DTYPE: tl.constexpr = qg.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
-    if STEEP:
-        if not EXACT:
-            if tl.load(steep + i_ch) == 0:
-                return
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    if STEEP and not EXACT:
+        marked = tl.load(steep + i_ch)
+        if marked == 0:
+            return
     start, stop = locate_chunk(
         i_c, cu_seqlens, chunk_offsets, length, num_chunks, num_sequences, C, BN, PACKED
     )
@@ -280,7 +277,7 @@ def kda_intra(problem: Problem) -> Chunks:
             C=p.C,
             LOG_C=p.C.bit_length() - 1,
             BK=p.BK,
-            TILE_K=min(p.BK, TILE_K),
+            TILE_K=TILE_K,
             BN=p.BN,
             PACKED=p.packed,
             LAW=p.law,

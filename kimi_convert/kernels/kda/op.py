@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def chunk_kda(
     if v.numel() == 0:
         return torch.empty_like(v), call.state().clone()
     if _backend("chunk_kda", call, backend, chunk_size) is Backend.TRITON:
-        from kimi_convert.kernels.kda.chunk_triton import chunk_kda_triton  # noqa: PLC0415
+        from kimi_convert.kernels.kda.chunk_triton import chunk_kda_triton
 
         return chunk_kda_triton(call)
 
@@ -140,7 +141,7 @@ def _run_plain(call: Arguments, form: _Form) -> tuple[Tensor, Tensor]:
     outputs: list[Tensor] = []
     states: list[Tensor] = []
     bounds: list[int] = call.cu_seqlens.tolist()
-    for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(bounds)):
         before = state[n : n + 1]
         if start == stop:
             states.append(before.clone())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TILE_K = 64  # key channels that `intra` takes at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +62,16 @@ class Problem:
 
     @property
     def BK(self) -> int:
-        """K, padded to a power of two that a matrix product takes."""
-        return padded(self.K)
+        """K, padded to a power of two; to no less than the key channels that `intra` takes at a time.
+
+        Narrower products read shared memory that is not theirs: Triton 3.6, tiles of 16 and 32
+        channels, found with compute-sanitizer.
+        """
+        return max(padded(self.K), TILE_K)
 
     @property
     def BV(self) -> int:
-        """V, padded likewise."""
+        """V, padded to a power of two that a matrix product takes."""
         return padded(self.V)
 
     @property

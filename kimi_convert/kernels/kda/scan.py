@@ -105,12 +105,17 @@ def kda_scan_kernel(
     tl.store(final + p_state, state, mask=m_state)
 
 
-def kda_scan(problem: Problem, chunks: Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+def kda_scan(
+    problem: Problem, chunks: Chunks, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Run all sequences; return the output [B, T, HV, V] and the states [N, HV, K, V] fp32."""
     p = problem
     output = torch.empty_like(p.v)
     final = p.empty(p.N, p.HV, p.K, p.V, dtype=torch.float32)
-    tile_v = min(64 if p.dtype.itemsize == 2 else 32, p.BV)
+    # The state of a tile is in registers, STAGES chunks of operands are in shared memory.
+    half = p.dtype.itemsize == 2
+    tile_v = min(64 if half and p.BK <= 128 else 32, p.BV)
+    stages = 1 if p.BK > 128 else 3 if half else 2
     kda_scan_kernel[(-(-p.V // tile_v), p.N * p.HV)](
         *chunks,
         *(p.v, initial_state, p.cu_seqlens, p.chunk_offsets),
@@ -124,7 +129,7 @@ def kda_scan(problem: Problem, chunks: Chunks, initial_state: Tensor | None) -> 
         PACKED=p.packed,
         HAS_INITIAL=initial_state is not None,
         PRECISION=p.precision,
-        STAGES=2,
+        STAGES=stages,
         num_warps=4,
     )
     return output, final

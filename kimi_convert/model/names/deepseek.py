@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kimi_convert.checkpoints.mapping import Drop, Name
+from kimi_convert.checkpoints.mapping import Drop, Name, holes
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
@@ -125,9 +125,17 @@ _MTP_ONLY = (
     "shared_head.head.weight",
 )
 
-# An MTP layer is a decoder layer whose number follows the last one, plus tensors of its own.
-DROPS = (
-    Drop(_ATTENTION + "rotary_emb.inv_freq", _INVERSE_FREQUENCIES, "all_and_mtp"),
-    *(Drop(_LAYER + name, _MTP, "mtp") for name in _MTP_ONLY),
-    *(Drop(row.checkpoint, _MTP, "mtp") for row in NAMES if "{layer}" in row.checkpoint),
-)
+
+def drops_beside(names: tuple[Name, ...]) -> tuple[Drop, ...]:
+    """Return what a checkpoint with these names may hold besides, and nothing reads.
+
+    An MTP layer is a decoder layer whose number follows the last one, with tensors of its own.
+    """
+    return (
+        Drop(_ATTENTION + "rotary_emb.inv_freq", _INVERSE_FREQUENCIES, "all_and_mtp"),
+        *(Drop(_LAYER + name, _MTP, "mtp") for name in _MTP_ONLY),
+        *(Drop(row.checkpoint, _MTP, "mtp") for row in names if "layer" in holes(row.checkpoint)),
+    )
+
+
+DROPS = drops_beside(NAMES)

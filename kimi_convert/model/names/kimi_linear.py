@@ -7,7 +7,7 @@ that spelling is accepted as an alias and never written.
 
 from __future__ import annotations
 
-from kimi_convert.checkpoints.mapping import Drop, Name, Storage
+from kimi_convert.checkpoints.mapping import Name, Storage
 from kimi_convert.model.names import deepseek
 
 _LAYER = "model.layers.{layer}."
@@ -78,4 +78,5 @@ def _hybrid(row: Name) -> Name:
 _SHARED_NAMES = tuple(_hybrid(row) for row in deepseek.NAMES)
 _MIXERS_AT = 2  # KDA rows stand where MLA rows do: after the embedding and the input norm
 NAMES = _SHARED_NAMES[:_MIXERS_AT] + _KDA_NAMES + _SHARED_NAMES[_MIXERS_AT:]
-DROPS: tuple[Drop, ...] = ()
+# No released model has MTP layers; vLLM skips them by number, like DeepSeek's.
+DROPS = deepseek.drops_beside(NAMES)

@@ -24,11 +24,10 @@ DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 SHORT = [length for length in LENGTHS if length <= 65]
 
 
-def rounded_recurrence(inputs, dtype, *, state=None):
+def rounded_recurrence(inputs, dtype, *, state):
     """The recurrence in torch with the operands of its products rounded to a dtype."""
-    B, T, H, K = inputs.q.shape
-    V = inputs.v.shape[-1]
-    state = torch.zeros(B, H, K, V) if state is None else state.float()
+    T, K = inputs.q.shape[1], inputs.q.shape[-1]
+    state = state.float()
     q, k, v, g, beta = (x.float() for x in inputs)
 
     def in_dtype(x):
@@ -50,11 +49,14 @@ def check(found, inputs, dtype, *, state=None):
 
     The floor of two roundings counts where the recurrence is right by luck, as for one token.
     """
+    inputs = type(inputs)(*(x.to(DEVICE) for x in inputs))
+    (B, _, H, K), V = inputs.q.shape, inputs.v.shape[-1]
+    state = torch.zeros(B, H, K, V) if state is None else state
+    state = state.to(DEVICE)
     expected = oracle(inputs, state=state)
     plain = rounded_recurrence(inputs, dtype, state=state)
     floor = 2 * torch.finfo(dtype).eps
     for found_x, plain_x, expected_x in zip(found, plain, expected, strict=True):
-        found_x = found_x.cpu()
         assert found_x.dtype == plain_x.dtype
         assert torch.isfinite(found_x).all()
         for size in (lambda x: x.abs().max(), lambda x: x.square().mean().sqrt()):
@@ -78,10 +80,11 @@ def triton(inputs, **options):
 
 
 @DTYPE
-@pytest.mark.parametrize("T", SHORT)
-@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(
+    ("kind", "T"), [*(("mixed", T) for T in SHORT), *((kind, 65) for kind in GATES)]
+)
 def test_error_is_within_twice_that_of_torch(kind, T, dtype):
-    inputs = case(kind, T, dtype, B=1, H=2)
+    inputs = case(kind, T, dtype, B=1, H=1)
     check(triton(inputs), inputs, dtype)
 
 
@@ -95,7 +98,7 @@ def test_any_width_of_keys_and_values(shape, dtype):
 
 @DTYPE
 def test_starts_from_a_state_and_leaves_it_alone(dtype):
-    inputs = case("weak", 130, dtype, B=3, H=1)
+    inputs = case("weak", 66, dtype, B=3, H=1)
     state = make_state(inputs)
     kept = state.clone()
     check(triton(inputs, initial_state=state), inputs, dtype, state=state)
@@ -104,14 +107,14 @@ def test_starts_from_a_state_and_leaves_it_alone(dtype):
 
 @DTYPE
 def test_keys_that_are_alike_lose_no_more_than_in_torch(dtype):
-    inputs = case("weak", 128, dtype, B=1, H=2, similar=3.0)
+    inputs = case("weak", 128, dtype, B=1, H=1, similar=3.0)
     check(triton(inputs), inputs, dtype)
 
 
 @DTYPE
 @pytest.mark.parametrize("lower_bound", [None, -5.0], ids=["softplus", "bounded"])
 def test_fused_options_equal_the_same_steps_in_torch(dtype, lower_bound):
-    B, T, H, HV, K, V = 2, 70, 2, 4, 16, 24
+    B, T, H, HV, K, V = 1, 70, 2, 4, 16, 24
     q, k = (10 ** torch.randn(2, B, T, H, 1)) * torch.randn(2, B, T, H, K)  # tiny and huge
     v, f = torch.randn(B, T, HV, V), torch.randn(B, T, HV, K)
     q, k, v, f, beta = (x.to(dtype) for x in (q, k, v, f, torch.randn(B, T, HV)))
@@ -137,9 +140,9 @@ def test_fused_options_equal_the_same_steps_in_torch(dtype, lower_bound):
 @DTYPE
 def test_packed_sequences_equal_one_after_another(dtype):
     lengths = [0, 1, 64, 0, 65, 17, 0]
-    inputs = case("mixed", sum(lengths), dtype, B=1, H=2)
+    inputs = case("mixed", sum(lengths), dtype, B=1, H=1)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    state = torch.randn(len(lengths), 2, 16, 24)
+    state = torch.randn(len(lengths), 1, 16, 24)
     output, states = triton(inputs, cu_seqlens=bounds, initial_state=state)
     for n, length in enumerate(lengths):
         start = int(bounds[n])
@@ -172,7 +175,9 @@ def test_two_runs_are_equal_and_every_element_is_written(monkeypatch, dtype):
         return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device)
+    )
     second = triton(inputs)
     assert all(map(torch.equal, first, second))
 
@@ -219,8 +224,17 @@ def test_wide_keys_gradients_and_doubles_are_refused_or_left_to_torch():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000])
 @DTYPE
 def test_wide_heads_on_a_gpu(kind, T, dtype):
     inputs = case(kind, T, dtype, B=1, H=2, K=128, V=128)
+    check(triton(inputs), inputs, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 256), (200, 136), (256, 16), (256, 256)], ids=str)
+@DTYPE
+def test_widest_heads_on_a_gpu(shape, dtype):
+    K, V = shape
+    inputs = case("mixed", 200, dtype, B=2, H=2, K=K, V=V)
     check(triton(inputs), inputs, dtype)
