@@ -27,7 +27,7 @@ from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.huggingface import parse_config
 from kimi_convert.conversion import plan_conversion
-from kimi_convert.errors import KimiConvertError, VerificationError
+from kimi_convert.errors import KimiConvertError, ResourceError, VerificationError
 from kimi_convert.model.names.layout import expected_entries
 
 # config.json of https://huggingface.co/moonshotai/Moonlight-16B-A3B, without its code references.
@@ -168,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="convert-memory-", dir=options.folder) as folder:
             measured = measure_conversion(Path(folder), document)
+    except OSError as error:
+        sys.stderr.write(f"error: cannot measure in {options.folder}: {error.strerror}\n")
+        return ResourceError.exit_code
     except KimiConvertError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -1,13 +1,15 @@
 """Carry out a plan: read, transform, write, free, tensor by tensor in the order of the files.
 
 What is copied streams through one buffer; what is made is in memory alone, with its sources.
-The output folder appears whole or not at all, and the same plan gives the same bytes.
+The output folder appears whole or not at all, and the same plan gives the same bytes, however
+many threads torch has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +166,8 @@ class _Worker:
             config=self._plan.source_config,
             recipe=self._plan.recipe,
         )
-        made = TRANSFORMS[task.op](job)
+        with _one_thread():
+            made = TRANSFORMS[task.op](job)
         stored = made.to(torch_dtype(task.tensor.dtype))
         if not bool(stored.isfinite().all()):
             raise CheckpointError(
@@ -186,6 +189,17 @@ class _Worker:
     def _report(self, name: str) -> None:
         total = self._plan.shards.total_size
         self._on_progress(ProgressEvent(_STAGE, self._done_bytes, total, "bytes", name))
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Keep products on one core: how many share one decides in which order it is summed up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _not_finite(name: str, source: Path) -> CheckpointError:

@@ -154,9 +154,12 @@ def _tasks(
     source: ModelConfig, target: ModelConfig, matched: Match, index: CheckpointIndex
 ) -> Iterator[TensorTask]:
     rules = _RuleBook(source)
+    stored_names = dict(matched.stored_names)
+    if source.tie_word_embeddings:
+        stored_names["head.weight"] = stored_names["embed.weight"]
     for entry in expected_entries(target):
         rule = rules.rule_for(entry)
-        sources = tuple(matched.stored_names[param] for param in rules.sources_of(rule, entry))
+        sources = tuple(stored_names[param] for param in rules.sources_of(rule, entry))
         yield TensorTask(
             tensor=PlannedTensor(
                 entry.name, _dtype(entry, rule, sources, index, matched), entry.shape
@@ -231,4 +234,6 @@ def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
     # The power of a folded matrix holds its scaled factors and two products of their size.
     steps = 4 * max(sizes, default=0) + 2 * made
     wide = (sum(sizes) + steps) * _FP32_BYTES
-    return stored + wide + made * DTYPES[task.tensor.dtype].width_bytes
+    # The search for NaN and Inf takes a copy of the result and two masks.
+    result = made * (2 * DTYPES[task.tensor.dtype].width_bytes + 2)
+    return stored + wide + result

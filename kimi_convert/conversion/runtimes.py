@@ -8,6 +8,10 @@ SGLang's srt/models/kimi_linear.py gives `q_lora_rank` to its DeepSeek attention
 q_a and kv_a as one `fused_qkv_a_proj_with_mqa`; `load_weights` has no row that fills it, so
 `q_a_proj` ends in a KeyError. Its `TopK` is given a correction bias and no scoring function, which
 means sigmoid in srt/layers/moe/topk.py, whatever `moe_router_activation_func` says.
+
+llama.cpp's models/kimi-linear.cpp knows leading dense layers but no frequency, and always scales
+the weights of the chosen experts to a sum of 1; its converter reads `moe_intermediate_size` of
+every model.
 """
 
 from __future__ import annotations
@@ -48,14 +52,23 @@ _SPARSE_FREQUENCY = _Limit(
     "has no moe_layer_freq",
     lambda config: config.moe is not None and config.moe.layer_freq != 1,
 )
+_NO_EXPERTS = _Limit("needs a mixture of experts", lambda config: config.moe is None)
+_NOT_RENORMALIZED = _Limit(
+    "always scales the weights of the chosen experts to a sum of 1 (moe_renormalize true)",
+    lambda config: config.moe is not None and not config.moe.renormalize,
+)
+_KDA_ALONE = _Limit("needs at least one MLA layer", lambda config: not config.mla_layers)
 
 _RUNTIMES: tuple[tuple[str, tuple[_Limit, ...]], ...] = (
-    ("transformers (native, 5.23 and later)", (_SOFTMAX_ROUTING, _SPARSE_FREQUENCY)),
+    (
+        "transformers (native, 5.23 and later)",
+        (_SOFTMAX_ROUTING, _SPARSE_FREQUENCY, _NO_EXPERTS),
+    ),
     ("transformers (released remote code)", (_LOW_RANK_Q,)),
     ("vLLM", (_LOW_RANK_Q,)),
     ("SGLang", (_LOW_RANK_Q, _SOFTMAX_ROUTING)),
-    ("mlx-lm", (_LOW_RANK_Q,)),
-    ("llama.cpp", ()),
+    ("mlx-lm", (_LOW_RANK_Q, _NO_EXPERTS, _KDA_ALONE)),
+    ("llama.cpp", (_SPARSE_FREQUENCY, _NO_EXPERTS, _NOT_RENORMALIZED)),
 )
 
 

@@ -8,7 +8,7 @@ from kimi_convert.config.architecture import KdaConfig, ModelConfig, MoeConfig, 
 from kimi_convert.config.deepseek import SOURCE_TYPES
 from kimi_convert.config.kimi_linear import TARGET_TYPE
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.errors import ConfigError
+from kimi_convert.errors import ConfigError, RecipeError
 
 
 def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
@@ -22,6 +22,14 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
     _check_convertible(source)
     mla = source.mla
     kept = set(recipe.kept_layers(source.num_layers))
+    kda_layers = tuple(i for i in range(source.num_layers) if i not in kept)
+    if not kda_layers:
+        raise RecipeError(
+            "recipe leaves no layer to convert",
+            expected="at least one layer that is not kept",
+            found=f"{source.num_layers} layers, all kept",
+            hint="List fewer layers under `layers.keep`.",
+        )
     return ModelConfig(
         model_type=TARGET_TYPE,
         hidden_size=source.hidden_size,
@@ -36,9 +44,11 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
             head_dim=mla.v_head_dim,
             conv_size=recipe.short_conv_size,
         ),
-        kda_layers=tuple(i for i in range(source.num_layers) if i not in kept),
+        kda_layers=kda_layers,
         moe=_target_moe(source.moe),
-        tie_word_embeddings=source.tie_word_embeddings,
+        # transformers, vLLM, SGLang and llama.cpp tie nothing in this format: the output matrix is
+        # always stored.
+        tie_word_embeddings=False,
         dtype=source.dtype,
         initializer_range=source.initializer_range,
         bos_token_id=source.bos_token_id,
