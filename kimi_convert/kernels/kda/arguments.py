@@ -62,8 +62,8 @@ class Arguments:
         shape = (self.N, self.v.shape[2], self.q.shape[3], self.v.shape[3])
         return self.v.new_zeros(shape, dtype=self.dtype)
 
-    def plain(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return q, k, v, g and beta with all that was asked for done to them, in torch."""
+    def prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k, g and beta with norms, gate law and sigmoid done, in torch."""
         q, k, g, beta = self.q, self.k, self.g, self.beta
         if self.qk_norm:
             q, k = (l2_norm(x.to(self.dtype)) for x in (q, k))
@@ -71,6 +71,11 @@ class Arguments:
             g = self.gate.log_decay(g)
         if self.beta_logits:
             beta = beta.to(self.dtype).sigmoid()
+        return q, k, g, beta
+
+    def plain(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k, v, g and beta as the plain forms take them: as many heads each."""
+        q, k, g, beta = self.prepared()
         group = self.v.shape[2] // q.shape[2]
         if group > 1:
             q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))

@@ -1,15 +1,26 @@
-"""Chunked KDA on Triton: lay the call out for the kernels, run the two stages."""
+"""Chunked KDA on Triton: lay a call out for the kernels, run the stages, join them to autograd.
+
+Without gradients, the unit norms, the gate law and beta's sigmoid happen inside the kernels. With
+them, they are torch's, before the kernels; the forward pass keeps its inputs alone, and the
+backward pass computes the stages again.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kimi_convert.kernels.kda.arguments import Arguments
 from kimi_convert.kernels.kda.device import BOUNDED, PRECOMPUTED, SOFTPLUS
+from kimi_convert.kernels.kda.gradients import kda_gradients
 from kimi_convert.kernels.kda.intra import kda_intra
 from kimi_convert.kernels.kda.problem import Problem
 from kimi_convert.kernels.kda.scan import kda_scan
+from kimi_convert.kernels.kda.scan_backward import kda_scan_backward
 
 # Tokens that are solved together. In fp32, 64 have up to 2.4 times the error of the recurrence
 # where keys are alike, 32 up to 1.8 times; in half precision other roundings outweigh that.
@@ -18,15 +29,73 @@ CHUNK_SIZES = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 
 def chunk_kda_triton(call: Arguments) -> tuple[Tensor, Tensor]:
     """Run a checked call with at least one token; see `chunk_kda`."""
-    problem = _problem(call)
-    state = call.initial_state
-    return kda_scan(problem, kda_intra(problem), None if state is None else state.contiguous())
+    if not call.needs_grad:
+        problem = _problem(call)
+        scanned = kda_scan(problem, kda_intra(problem), _contiguous(call.initial_state))
+        return scanned.output, scanned.final
+    q, k, g, beta = call.prepared()
+    v = call.v
+    tensors = (q.to(v.dtype), k.to(v.dtype), v, g, beta, call.initial_state)
+    bare = replace(call, gate=None, qk_norm=False, beta_logits=False)
+    return _ChunkKda.apply(*tensors, bare)
+
+
+class _ChunkKda(torch.autograd.Function):
+    """The kernels with their gradients; every tensor as they take it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  (autograd's)
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        call: Arguments,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the two stages."""
+        call = replace(call, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+        problem = _problem(call)
+        scanned = kda_scan(problem, kda_intra(problem), _contiguous(initial_state))
+        ctx.save_for_backward(q, k, v, g, beta, initial_state)
+        ctx.call = replace(call, q=None, k=None, v=None, g=None, beta=None, initial_state=None)
+        ctx.set_materialize_grads(False)
+        return scanned.output, scanned.final
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401  (autograd's)
+        d_output: Tensor | None,
+        d_final: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Run the stages again, then backwards."""
+        names = ("q", "k", "v", "g", "beta", "initial_state")
+        call = replace(ctx.call, **dict(zip(names, ctx.saved_tensors, strict=True)))
+        problem = _problem(call)
+        chunks = kda_intra(problem, for_gradients=True)
+        state = _contiguous(call.initial_state)
+        scanned = kda_scan(problem, chunks, state, for_gradients=True)
+        d_output = torch.zeros_like(call.v) if d_output is None else d_output.contiguous()
+        d_scan = kda_scan_backward(problem, chunks, d_output, _contiguous(d_final))
+        d_inputs = kda_gradients(problem, chunks, scanned, d_output, d_scan)
+        return (
+            _of_shared_head(d_inputs.q, call.q),
+            _of_shared_head(d_inputs.k, call.k),
+            d_inputs.v,
+            d_inputs.g.to(call.g.dtype),
+            d_inputs.beta.to(call.beta.dtype),
+            None if state is None else d_scan.initial,
+            None,
+        )
 
 
 def _problem(call: Arguments) -> Problem:
     gate = call.gate
-    chunk_size = CHUNK_SIZES[call.v.dtype]
-    q, k, v, g, beta = (x.contiguous() for x in (call.q, call.k, call.v, call.g, call.beta))
+    v, g, beta = (x.contiguous() for x in (call.v, call.g, call.beta))
+    q, k = (x.to(v.dtype).contiguous() for x in (call.q, call.k))
+    chunk_size = CHUNK_SIZES[v.dtype]
     return Problem(
         q=q,
         k=k,
@@ -60,3 +129,14 @@ def _chunk_offsets(cu_seqlens: Tensor | None, chunk_size: int) -> Tensor | None:
     offsets = torch.zeros_like(cu_seqlens, dtype=torch.int32)
     torch.cumsum((lengths + chunk_size - 1) // chunk_size, 0, out=offsets[1:])
     return offsets
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _of_shared_head(gradient: Tensor, x: Tensor) -> Tensor:
+    """Sum the gradients [B, T, HV, K] of the value heads that read one head of x [B, T, H, K]."""
+    if gradient.shape == x.shape:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)

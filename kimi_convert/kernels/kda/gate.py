@@ -22,6 +22,11 @@ class Gate:
     dt_bias: Tensor  # [H, K], added to the gate's projection
     lower_bound: float | None = None  # natural log, < 0: `bounded_gate`; None: `softplus_gate`
 
+    def __post_init__(self) -> None:
+        """Refuse a bound that is not below 0."""
+        if self.lower_bound is not None:
+            _check_lower_bound("Gate", self.lower_bound)
+
     def log_decay(self, f: Tensor) -> Tensor:
         """Return g [B, T, H, K] of the gate's projection f, in torch."""
         if self.lower_bound is None:
@@ -69,14 +74,7 @@ def bounded_gate(f: Tensor, A_log: Tensor, dt_bias: Tensor, *, lower_bound: floa
 
     Source: `kda_gate` with `lower_bound` in flash-linear-attention (pull request 703).
     """
-    if not lower_bound < 0:
-        raise KernelInputError(
-            "lower_bound is not below 0",
-            where="bounded_gate",
-            expected="a natural-log decay below 0",
-            found=lower_bound,
-            hint="Pass the lower bound of the log decay, for example -5.0.",
-        )
+    _check_lower_bound("bounded_gate", lower_bound)
     shifted, slope = _shifted_and_rate("bounded_gate", f, A_log, dt_bias)
     return lower_bound * (slope * shifted).sigmoid()
 
@@ -88,3 +86,14 @@ def _shifted_and_rate(
     expect(where, f=(f, "B T H K"), A_log=(A_log, "H"), dt_bias=(dt_bias, "H K"))
     dtype = expect_precision(where, f=f, A_log=A_log, dt_bias=dt_bias)
     return f.to(dtype) + dt_bias.to(dtype), A_log.to(dtype).exp().unsqueeze(-1)
+
+
+def _check_lower_bound(where: str, lower_bound: float) -> None:
+    if not lower_bound < 0:
+        raise KernelInputError(
+            "lower_bound is not below 0",
+            where=where,
+            expected="a natural-log decay below 0",
+            found=lower_bound,
+            hint="Pass the lower bound of the log decay, for example -5.0.",
+        )

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from kimi_convert.kernels.kda.device import (
     PRECOMPUTED,
-    add_two,
     dot_split,
     from_middle,
     invert_unit_lower,
     locate_chunk,
     log2_decay,
+    sum_two,
     unit_scale,
 )
 from kimi_convert.kernels.kda.problem import TILE_K, Problem
@@ -49,10 +49,12 @@ class Chunks(NamedTuple):
     reads: Tensor  # [N, HV, C, C]
     solve: Tensor  # [N, HV, C, C]
     decay: Tensor  # [N, HV, K] fp32
+    kd: Tensor  # [N, HV, C, K], exp(G) k, for the gradients; else w
+    inverse: Tensor | None  # [N, HV, C, C], (I + A)^-1, for the gradients
 
 
 @triton.jit
-def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_w, p_kg):
+def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_kd, p_kg):
     """Add what TILE_K channels give to the pairs, where one pair of factors serves the chunk.
 
     exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j) with m the middle row. Entries above the diagonal
@@ -63,7 +65,7 @@ def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_w, p_
         b_q, b_k: [C, TILE_K] fp32.
         distance: [C, TILE_K], log2 of exp(G_i - G_m).
         half, total: [TILE_K], log2 of exp(G_m) and exp(G_C).
-        p_qg, p_w, p_kg: [C, TILE_K], where these outputs go.
+        p_qg, p_kd, p_kg: [C, TILE_K], where these outputs go.
     """
     DTYPE: tl.constexpr = p_qg.dtype.element_ty
     rises = tl.exp2(distance)
@@ -76,14 +78,14 @@ def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_w, p_
     a_kk = tl.dot(b_k.to(DTYPE), b_column, acc=a_kk)
     factor = tl.exp2(half)[None, :]
     tl.store(p_qg, (b_q * factor).to(DTYPE))
-    tl.store(p_w, (b_k * factor).to(DTYPE))
+    tl.store(p_kd, (b_k * factor).to(DTYPE))
     tl.store(p_kg, (b_kf * tl.exp2(total - half)[None, :]).to(DTYPE))
     return a_qk, a_kk
 
 
 @triton.jit
 def add_pairs_by_halving(
-    a_qk, a_kk, b_q, b_k, b_g, total, p_qg, p_w, p_kg,
+    a_qk, a_kk, b_q, b_k, b_g, total, p_qg, p_kd, p_kg,
     C: tl.constexpr, LOG_C: tl.constexpr, FACTOR_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do the same for any gates: halve blocks of rows until no factor leaves the dtype's range.
@@ -104,7 +106,7 @@ def add_pairs_by_halving(
         after = total[None, :] - before
     factor = tl.exp2(before)
     tl.store(p_qg, (b_q * factor).to(DTYPE))
-    tl.store(p_w, (b_k * factor).to(DTYPE))
+    tl.store(p_kd, (b_k * factor).to(DTYPE))
     tl.store(p_kg, (b_k * tl.exp2(after)).to(DTYPE))
     steepest = tl.maximum(-tl.min(tl.min(b_g, 1), 0), 1e-3)
     levels = tl.ceil(tl.log2(steepest * (C // 2) / FACTOR_LIMIT)).to(tl.int32)
@@ -135,12 +137,14 @@ def kda_intra_kernel(
     cu_seqlens,  # [N + 1], where PACKED
     chunk_offsets,  # [N + 1], where PACKED
     # outputs
-    w,  # holds exp(G) k first
+    w,
     qg,
     kg,
     reads,
     solve,
     decay,
+    kd,  # w itself where not asked for
+    inverse,  # None where not asked for
     steep,  # [N, HV] int32: whether a gate carried a factor out of range
     # sizes
     length,  # tokens of a sequence, where not PACKED
@@ -187,6 +191,7 @@ def kda_intra_kernel(
     k += (start * H + i_h // (HV // H)) * K
     g += (start * HV + i_h) * K
     w += i_ch * C * BK
+    kd += i_ch * C * BK
     qg += i_ch * C * BK
     kg += i_ch * C * BK
     p_qk = row * (H * K)
@@ -222,18 +227,18 @@ def kda_intra_kernel(
         if LAW != PRECOMPUTED:
             bias = tl.load(dt_bias + i_h * K + o_k, mask=m_k, other=0).to(tl.float32)
         b_g = log2_decay(b_g, rate, bias[None, :], lower_bound, LAW, EXACT)
-        half, total = tl.reduce((tl.where(row < C // 2, b_g, 0), b_g), 0, add_two)
+        half, total = sum_two(tl.where(row < C // 2, b_g, 0), b_g)
         tl.store(decay + i_ch * BK + o_k, tl.exp2(total))
         if STEEP:
             a_qk, a_kk = add_pairs_by_halving(
                 a_qk, a_kk, b_q.to(tl.float32) * q_factor, b_k.to(tl.float32) * k_factor, b_g,
-                total, qg + p_ck, w + p_ck, kg + p_ck, C, LOG_C, FACTOR_LIMIT, PRECISION,
+                total, qg + p_ck, kd + p_ck, kg + p_ck, C, LOG_C, FACTOR_LIMIT, PRECISION,
             )  # fmt: skip
         else:
             worst = tl.maximum(worst, -tl.minimum(half, total - half))
             a_qk, a_kk = add_pairs_at_once(
                 a_qk, a_kk, tl.dot(eye, b_q) * q_factor, tl.dot(eye, b_k) * k_factor,
-                dot_split(signs, b_g), half, total, qg + p_ck, w + p_ck, kg + p_ck,
+                dot_split(signs, b_g), half, total, qg + p_ck, kd + p_ck, kg + p_ck,
             )  # fmt: skip
     if not STEEP:
         tl.store(steep + i_ch, (tl.max(worst, 0) > FACTOR_LIMIT).to(tl.int32))
@@ -244,27 +249,32 @@ def kda_intra_kernel(
     p_cc = i_ch * C * C + row * C + column
     tl.store(reads + p_cc, tl.where(row >= column, a_qk, 0).to(DTYPE))
     a_kk = tl.where(row > column, a_kk * b_beta[:, None], 0)
-    inverse = invert_unit_lower(a_kk, C, LOG_C, DTYPE, PRECISION)
-    b_solve = (inverse * b_beta[None, :]).to(DTYPE)
+    b_inverse = invert_unit_lower(a_kk, C, LOG_C, DTYPE, PRECISION)
+    if inverse is not None:
+        tl.store(inverse + p_cc, b_inverse.to(DTYPE))
+    b_solve = (b_inverse * b_beta[None, :]).to(DTYPE)
     tl.store(solve + p_cc, b_solve)
-    tl.debug_barrier()  # what this program has stored in w is read again, by other threads
+    tl.debug_barrier()  # what this program has stored in kd is read again, by other threads
     for i_k in range(0, BK, TILE_K):
         p_ck = row * BK + i_k + tl.arange(0, TILE_K)[None, :]
-        b_w = tl.dot(b_solve, tl.load(w + p_ck), input_precision=PRECISION)
+        b_w = tl.dot(b_solve, tl.load(kd + p_ck), input_precision=PRECISION)
         tl.store(w + p_ck, b_w.to(DTYPE))
 
 
-def kda_intra(problem: Problem) -> Chunks:
+def kda_intra(problem: Problem, *, for_gradients: bool = False) -> Chunks:
     """Run the stage for every chunk of a problem."""
     p = problem
     grid = (p.total_chunks, p.HV)
+    w = p.empty(*grid, p.C, p.BK)
     chunks = Chunks(
-        w=p.empty(*grid, p.C, p.BK),
+        w=w,
         qg=p.empty(*grid, p.C, p.BK),
         kg=p.empty(*grid, p.C, p.BK),
         reads=p.empty(*grid, p.C, p.C),
         solve=p.empty(*grid, p.C, p.C),
         decay=p.empty(*grid, p.BK, dtype=torch.float32),
+        kd=torch.empty_like(w) if for_gradients else w,
+        inverse=p.empty(*grid, p.C, p.C) if for_gradients else None,
     )
     marks = p.empty(*grid, dtype=torch.int32)
     for steep in (True,) if p.dtype == torch.float32 else (False, True):

@@ -59,7 +59,7 @@ def chunk_kda(
             the n-th has the tokens cu_seqlens[n] to cu_seqlens[n + 1], and may be empty.
         chunk_size: Tokens that are solved together, a power of two up to 256: a matter of
             speed and rounding only. None takes the measured best; Triton's is fixed.
-        backend: "torch" or "triton"; None takes Triton on a GPU where no gradient is asked for.
+        backend: "torch" or "triton"; None takes Triton on a GPU.
 
     Returns:
         Output [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32 (fp64 for
@@ -162,8 +162,6 @@ def _backend(
     problem = None
     if max(call.q.shape[-1], call.v.shape[-1]) > _TRITON_WIDTHS:
         problem = f"keys and values are wider than {_TRITON_WIDTHS}"
-    elif call.needs_grad:
-        problem = "the Triton kernels have no backward pass yet"
     elif chunk_size is not None:
         problem = "the Triton kernels have a chunk size of their own"
     if problem is None or backend is None:
