@@ -55,6 +55,11 @@ class Arguments:
             tensor is not None and tensor.requires_grad for tensor in tensors
         )
 
+    @property
+    def lower_bound(self) -> float:
+        """The bound of the gate's law, 0 where it has none."""
+        return 0.0 if self.gate is None else self.gate.lower_bound or 0.0
+
     def state(self) -> Tensor:
         """Return the state [N, HV, K, V] to start from."""
         if self.initial_state is not None:

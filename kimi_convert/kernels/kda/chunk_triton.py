@@ -67,10 +67,10 @@ class _ChunkKda(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any,  # noqa: ANN401  (autograd's)
-        d_output: Tensor | None,
-        d_final: Tensor | None,
+        *grad_outputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Run the stages again, then backwards."""
+        d_output, d_final = grad_outputs
         names = ("q", "k", "v", "g", "beta", "initial_state")
         call = replace(ctx.call, **dict(zip(names, ctx.saved_tensors, strict=True)))
         problem = _problem(call)
@@ -105,8 +105,8 @@ def _problem(call: Arguments) -> Problem:
         scale=call.scale,
         A_log=None if gate is None else gate.A_log.contiguous(),
         dt_bias=None if gate is None else gate.dt_bias.contiguous(),
-        law=_law(call),
-        lower_bound=0.0 if gate is None or gate.lower_bound is None else gate.lower_bound,
+        law=law_of(call),
+        lower_bound=call.lower_bound,
         qk_norm=call.qk_norm,
         beta_logits=call.beta_logits,
         cu_seqlens=call.cu_seqlens,
@@ -115,7 +115,8 @@ def _problem(call: Arguments) -> Problem:
     )
 
 
-def _law(call: Arguments) -> int:
+def law_of(call: Arguments) -> int:
+    """Return what the kernels call the gate law of a call."""
     if call.gate is None:
         return PRECOMPUTED.value
     return SOFTPLUS.value if call.gate.lower_bound is None else BOUNDED.value

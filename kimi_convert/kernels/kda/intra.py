@@ -25,13 +25,13 @@ from torch import Tensor
 from kimi_convert.kernels.kda.device import (
     PRECOMPUTED,
     dot_split,
-    from_middle,
     invert_unit_lower,
     locate_chunk,
     log2_decay,
     sum_two,
     unit_scale,
 )
+from kimi_convert.kernels.kda.pairs import add_pairs_at_once, add_pairs_by_halving
 from kimi_convert.kernels.kda.problem import TILE_K, Problem
 
 # How far, in log2, a gate may carry a factor from its reference row to either side. The factors
@@ -51,78 +51,6 @@ class Chunks(NamedTuple):
     decay: Tensor  # [N, HV, K] fp32
     kd: Tensor  # [N, HV, C, K], exp(G) k, for the gradients; else w
     inverse: Tensor | None  # [N, HV, C, C], (I + A)^-1, for the gradients
-
-
-@triton.jit
-def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_kd, p_kg):
-    """Add what TILE_K channels give to the pairs, where one pair of factors serves the chunk.
-
-    exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j) with m the middle row. Entries above the diagonal
-    may be anything, also infinite.
-
-    Args:
-        a_qk, a_kk: [C, C] fp32, added to.
-        b_q, b_k: [C, TILE_K] fp32.
-        distance: [C, TILE_K], log2 of exp(G_i - G_m).
-        half, total: [TILE_K], log2 of exp(G_m) and exp(G_C).
-        p_qg, p_kd, p_kg: [C, TILE_K], where these outputs go.
-    """
-    DTYPE: tl.constexpr = p_qg.dtype.element_ty
-    rises = tl.exp2(distance)
-    falls = tl.exp2(-distance)
-    b_q = b_q * rises
-    b_kf = b_k * falls
-    b_k = b_k * rises
-    b_column = tl.trans(b_kf.to(DTYPE))
-    a_qk = tl.dot(b_q.to(DTYPE), b_column, acc=a_qk)
-    a_kk = tl.dot(b_k.to(DTYPE), b_column, acc=a_kk)
-    factor = tl.exp2(half)[None, :]
-    tl.store(p_qg, (b_q * factor).to(DTYPE))
-    tl.store(p_kd, (b_k * factor).to(DTYPE))
-    tl.store(p_kg, (b_kf * tl.exp2(total - half)[None, :]).to(DTYPE))
-    return a_qk, a_kk
-
-
-@triton.jit
-def add_pairs_by_halving(
-    a_qk, a_kk, b_q, b_k, b_g, total, p_qg, p_kd, p_kg,
-    C: tl.constexpr, LOG_C: tl.constexpr, FACTOR_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Do the same for any gates: halve blocks of rows until no factor leaves the dtype's range.
-
-    A level joins the rows of the right half of every block with those of the left half; both
-    factors are at most 1. The last level joins all that is left within a block.
-    """
-    DTYPE: tl.constexpr = p_qg.dtype.element_ty
-    EXACT: tl.constexpr = tl.float32 == DTYPE
-    i = tl.arange(0, C)
-    row, column = i[:, None], i[None, :]
-    apart = row ^ column
-    if EXACT:
-        before = tl.dot((row >= column).to(tl.float32), b_g, input_precision="tf32x3")
-        after = tl.dot((row < column).to(tl.float32), b_g, input_precision="tf32x3")
-    else:
-        before = tl.cumsum(b_g, 0)
-        after = total[None, :] - before
-    factor = tl.exp2(before)
-    tl.store(p_qg, (b_q * factor).to(DTYPE))
-    tl.store(p_kd, (b_k * factor).to(DTYPE))
-    tl.store(p_kg, (b_k * tl.exp2(after)).to(DTYPE))
-    steepest = tl.maximum(-tl.min(tl.min(b_g, 1), 0), 1e-3)
-    levels = tl.ceil(tl.log2(steepest * (C // 2) / FACTOR_LIMIT)).to(tl.int32)
-    levels = tl.minimum(tl.maximum(levels, 0), LOG_C)
-    for level in range(levels + 1):
-        distance = from_middle(b_g, before, LOG_C - level, C, EXACT)
-        last = level == levels
-        rises = tl.exp2(tl.where(last, distance, -tl.abs(distance)))
-        falls = tl.exp2(tl.where(last, -distance, -tl.abs(distance)))
-        joined = (last & (apart < (C >> level))) | ((apart >> (LOG_C - 1 - level)) == 1)
-        b_column = tl.trans((b_k * falls).to(DTYPE))
-        pairs = tl.dot((b_q * rises).to(DTYPE), b_column, input_precision=PRECISION)
-        a_qk += tl.where(joined, pairs, 0)
-        pairs = tl.dot((b_k * rises).to(DTYPE), b_column, input_precision=PRECISION)
-        a_kk += tl.where(joined, pairs, 0)
-    return a_qk, a_kk
 
 
 @triton.jit

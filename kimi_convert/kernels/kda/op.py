@@ -59,7 +59,8 @@ def chunk_kda(
             the n-th has the tokens cu_seqlens[n] to cu_seqlens[n + 1], and may be empty.
         chunk_size: Tokens that are solved together, a power of two up to 256: a matter of
             speed and rounding only. None takes the measured best; Triton's is fixed.
-        backend: "torch" or "triton"; None takes Triton on a GPU.
+        backend: "torch" or "triton"; None takes Triton on a GPU, but torch where a gradient is
+            asked for: the backward kernels have run in the interpreter only.
 
     Returns:
         Output [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32 (fp64 for
@@ -82,7 +83,10 @@ def chunk_kda(
     call = check_arguments("chunk_kda", q, k, v, g, beta, options)
     if v.numel() == 0:
         return torch.empty_like(v), call.state().clone()
-    if _backend("chunk_kda", call, backend, chunk_size) is Backend.TRITON:
+    refused = "the Triton kernels have a chunk size of their own" if chunk_size else None
+    if backend is None and call.needs_grad:
+        backend = Backend.TORCH
+    if _backend("chunk_kda", call, backend, refused) is Backend.TRITON:
         from kimi_convert.kernels.kda.chunk_triton import chunk_kda_triton
 
         return chunk_kda_triton(call)
@@ -106,10 +110,12 @@ def recurrent_kda(
     qk_norm: bool = False,
     beta_logits: bool = False,
     cu_seqlens: Tensor | None = None,
+    backend: Backend | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Apply KDA token by token, for decode and as the plain form of `chunk_kda`.
 
-    Arguments, results and errors are those of `chunk_kda`; runs in torch.
+    Arguments, results and errors are those of `chunk_kda`, but for the backend: None takes torch.
+    The Triton kernel has no gradients.
 
     Source: Kimi Linear report, arXiv 2510.26692, Eq. 1.
     """
@@ -124,6 +130,9 @@ def recurrent_kda(
     call = check_arguments("recurrent_kda", q, k, v, g, beta, options)
     if v.numel() == 0:
         return torch.empty_like(v), call.state().clone()
+    refused = "the recurrent Triton kernel has no gradients" if call.needs_grad else None
+    if _backend("recurrent_kda", call, backend or Backend.TORCH, refused) is Backend.TRITON:
+        return _decode(call)
 
     def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
         computed = (x.to(call.dtype) for x in inputs)
@@ -131,6 +140,26 @@ def recurrent_kda(
         return output.to(v.dtype), state
 
     return _run_plain(call, form)
+
+
+def _decode(call: Arguments) -> tuple[Tensor, Tensor]:
+    """Run the recurrent Triton kernel."""
+    from kimi_convert.kernels.kda.chunk_triton import law_of
+    from kimi_convert.kernels.kda.decode import recurrent_kda_triton
+
+    gate = call.gate
+    return recurrent_kda_triton(
+        *(call.q, call.k, call.v, call.g, call.beta),
+        scale=call.scale,
+        state=call.initial_state,
+        qk_norm=call.qk_norm,
+        law=law_of(call),
+        A_log=None if gate is None else gate.A_log,
+        dt_bias=None if gate is None else gate.dt_bias,
+        lower_bound=call.lower_bound,
+        beta_logits=call.beta_logits,
+        cu_seqlens=call.cu_seqlens,
+    )
 
 
 def _run_plain(call: Arguments, form: _Form) -> tuple[Tensor, Tensor]:
@@ -153,17 +182,22 @@ def _run_plain(call: Arguments, form: _Form) -> tuple[Tensor, Tensor]:
 
 
 def _backend(
-    where: str, call: Arguments, backend: Backend | str | None, chunk_size: int | None
+    where: str, call: Arguments, backend: Backend | str | None, refused: str | None
 ) -> Backend:
-    """Return what runs; Triton is refused where it is asked for and cannot."""
+    """Return what runs; Triton is refused where it is asked for and cannot.
+
+    Args:
+        where: name of the public function, for the error.
+        call: what is to run.
+        backend: asked for.
+        refused: why Triton cannot serve it, beyond what is checked here.
+    """
     chosen = resolve_backend(backend, where=where, device=call.v.device, dtype=call.dtype)
     if chosen is Backend.TORCH:
         return chosen
-    problem = None
+    problem = refused
     if max(call.q.shape[-1], call.v.shape[-1]) > _TRITON_WIDTHS:
         problem = f"keys and values are wider than {_TRITON_WIDTHS}"
-    elif chunk_size is not None:
-        problem = "the Triton kernels have a chunk size of their own"
     if problem is None or backend is None:
         return Backend.TORCH if problem else chosen
     raise KernelInputError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kimi_convert.errors import KernelInputError
-from kimi_convert.kernels.kda import Gate, chunk_kda
+from kimi_convert.kernels.kda import Gate, chunk_kda, recurrent_kda
 from tests.unit.kernels.devices import DEVICE, DTYPES
 from tests.unit.kernels.kda.cases import GATES, LENGTHS, make_inputs, make_state, oracle
 
@@ -187,6 +187,17 @@ def test_two_runs_are_equal_and_every_element_is_written(monkeypatch, dtype):
     )
     second = triton(inputs)
     assert all(map(torch.equal, first, second))
+
+
+def test_the_recurrent_form_runs_on_triton_too():
+    inputs = [x.to(DEVICE) for x in case("mixed", 5, torch.float32, B=2, H=2)]
+    state = make_state(make_inputs("mixed", 5, H=2)).to(DEVICE)
+    options = {"qk_norm": True, "beta_logits": True, "initial_state": state}
+    found = recurrent_kda(*inputs, **options, backend="triton")
+    for found_x, expected_x in zip(found, recurrent_kda(*inputs, **options), strict=True):
+        assert (found_x - expected_x).abs().max() <= 1e-5 * expected_x.abs().max()
+    with pytest.raises(KernelInputError, match="no gradients"):
+        recurrent_kda(*(x.requires_grad_() for x in inputs), backend="triton")
 
 
 def test_inputs_need_not_be_contiguous():
