@@ -65,7 +65,7 @@ class _ChunkKda(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable)
         ctx: Any,  # noqa: ANN401  (autograd's)
         *grad_outputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
