@@ -1,0 +1,176 @@
+"""Time KDA: our kernels beside torch and, if installed, flash-linear-attention, in one run.
+
+    python -m kimi_convert.bench.kernels [--case TEXT] [--json FILE] [--plot FILE]
+
+On a GPU every call is timed eagerly and as a replayed CUDA graph; the first call, with what it
+compiles, is timed too. The floor is the time in which a large copy moves as many bytes as the call
+must move at least. Without a GPU, plain torch is timed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from kimi_convert.bench.kernel_cases import CASES, Case, make_inputs
+from kimi_convert.bench.kernel_peers import Call, peers
+
+_REPEATS = 30
+_COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Milliseconds, medians; None where it could not be taken."""
+
+    case: str
+    who: str
+    first_ms: float
+    eager_ms: float
+    graph_ms: float | None
+    floor_ms: float | None
+
+    @property
+    def best_ms(self) -> float:
+        """The faster of the two ways to call it."""
+        return self.eager_ms if self.graph_ms is None else min(self.eager_ms, self.graph_ms)
+
+
+def measure(cases: Sequence[Case], device: torch.device) -> list[Timing]:
+    """Time every implementation on every case."""
+    copied_per_ms = _copy_bytes_per_ms(device)
+    timings: list[Timing] = []
+    for case in cases:
+        inputs = make_inputs(case, device)
+        floor_ms = None if copied_per_ms is None else case.floor_bytes / copied_per_ms
+        for who, call in peers(case, inputs).items():
+            timings.append(_time(case, who, call, floor_ms=floor_ms, device=device))
+            sys.stderr.write(_line(timings[-1]) + "\n")
+    return timings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the measurement; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kimi_convert.bench.kernels", description="Time KDA kernels."
+    )
+    parser.add_argument("--case", default="", help="only cases whose name holds this text")
+    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.case in case.name]
+    if not cases:
+        parser.error(f"no case holds {options.case!r}: {', '.join(case.name for case in CASES)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timings = measure(cases, device)
+    sys.stdout.write("\n".join((_heading(device), *_table(timings))) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(timing) for timing in timings], indent=2))
+    if options.plot:
+        _plot(timings, options.plot)
+    return 0
+
+
+def _time(
+    case: Case, who: str, call: Call, *, floor_ms: float | None, device: torch.device
+) -> Timing:
+    first_ms = _milliseconds(call, device)
+    repeats = max(3, min(_REPEATS, int(3000 / max(_milliseconds(call, device), 0.01))))
+    eager_ms = statistics.median(_milliseconds(call, device) for _ in range(repeats))
+    return Timing(
+        case=case.name,
+        who=who,
+        first_ms=first_ms,
+        eager_ms=eager_ms,
+        graph_ms=_graph_ms(call, device, repeats),
+        floor_ms=floor_ms,
+    )
+
+
+def _milliseconds(call: Call, device: torch.device) -> float:
+    if device.type == "cpu":
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1e3
+    # The cache is swept before, so that no call finds the inputs of the one before in it.
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+    started_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    started_at.record()
+    call()
+    ended_at.record()
+    torch.cuda.synchronize(device)
+    return started_at.elapsed_time(ended_at)
+
+
+def _graph_ms(call: Call, device: torch.device, repeats: int) -> float | None:
+    """Time replays of the call as a CUDA graph; None without a GPU, or if it cannot be captured."""
+    if device.type == "cpu":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return None
+    return statistics.median(_milliseconds(graph.replay, device) for _ in range(repeats))
+
+
+def _copy_bytes_per_ms(device: torch.device) -> float | None:
+    """Return what a large copy moves, bytes read and written, in a millisecond; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    times = [_milliseconds(lambda: target.copy_(source), device) for _ in range(_REPEATS)]
+    return 2 * _COPY_BYTES / statistics.median(times)
+
+
+def _heading(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}; milliseconds, medians"
+
+
+def _table(timings: Sequence[Timing]) -> list[str]:
+    """Return a line for each timing, with its ratio to ours, or to the first of its case."""
+    lines: list[str] = []
+    for timing in timings:
+        of_case = [other for other in timings if other.case == timing.case]
+        base = next((other for other in of_case if other.who == "ours"), of_case[0])
+        lines.append(f"{_line(timing)}  x{timing.best_ms / base.best_ms:.2f}")
+    return lines
+
+
+def _line(timing: Timing) -> str:
+    graph = "-" if timing.graph_ms is None else f"{timing.graph_ms:.3f}"
+    floor = "-" if timing.floor_ms is None else f"{timing.floor_ms:.3f}"
+    return (
+        f"{timing.case:42} {timing.who:6} first {timing.first_ms:9.1f}"
+        f"  eager {timing.eager_ms:9.3f}  graph {graph:>9}  floor {floor:>7}"
+    )
+
+
+def _plot(timings: Sequence[Timing], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.35 * len(timings)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{timing.case}  {timing.who}" for timing in timings]
+    axes.barh(labels, [timing.best_ms for timing in timings])
+    axes.set_xscale("log")
+    axes.set_xlabel("ms")
+    axes.invert_yaxis()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
