@@ -160,9 +160,10 @@ def _line(timing: Timing) -> str:
 
 
 def _plot(timings: Sequence[Timing], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1 + 0.35 * len(timings)), layout="constrained")
+    # matplotlib is an extra.
+    figure = import_module("matplotlib.figure").Figure(
+        figsize=(9, 1 + 0.35 * len(timings)), layout="constrained"
+    )
     axes = figure.subplots()
     labels = [f"{timing.case}  {timing.who}" for timing in timings]
     axes.barh(labels, [timing.best_ms for timing in timings])
