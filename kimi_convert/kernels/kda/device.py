@@ -79,6 +79,24 @@ def unit_scale(x, axis: tl.constexpr):
 
 
 @triton.jit
+def halvings(g, limit, LOG_C: tl.constexpr, K: tl.constexpr):
+    """Return how often C rows are halved until no half of a block sums to less than -limit.
+
+    Args:
+        g: [C, K] fp32, <= 0.
+        limit: > 0.
+        LOG_C: log2 of the rows.
+        K: columns.
+    """
+    levels = 0
+    sums = g
+    for exponent in tl.static_range(LOG_C):  # halves of 2**exponent rows
+        levels += (-tl.min(tl.min(sums, 1), 0) > limit).to(tl.int32)
+        sums = tl.sum(tl.reshape(sums, (2 ** (LOG_C - 1 - exponent), 2, K)), 1)
+    return levels
+
+
+@triton.jit
 def from_middle(g, before, shift, C: tl.constexpr, SUMMED: tl.constexpr):
     """Return for every row the sum of g from the middle of its block of rows to it.
 

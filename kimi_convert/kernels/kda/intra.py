@@ -160,7 +160,7 @@ def kda_intra_kernel(
         if STEEP:
             a_qk, a_kk = add_pairs_by_halving(
                 a_qk, a_kk, b_q.to(tl.float32) * q_factor, b_k.to(tl.float32) * k_factor, b_g,
-                total, qg + p_ck, kd + p_ck, kg + p_ck, C, LOG_C, FACTOR_LIMIT, PRECISION,
+                total, qg + p_ck, kd + p_ck, kg + p_ck, C, LOG_C, TILE_K, FACTOR_LIMIT, PRECISION,
             )  # fmt: skip
         else:
             worst = tl.maximum(worst, -tl.minimum(half, total - half))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_convert.kernels.kda.device import LOG2_E, from_middle, locate_chunk
+from kimi_convert.kernels.kda.device import LOG2_E, from_middle, halvings, locate_chunk
 
 
 @triton.jit
@@ -129,9 +129,7 @@ def kda_key_gradients_kernel(
         b_dk_column = tl.zeros([C, TILE_K], tl.float32)
 
         # Through the pairs.
-        steepest = tl.maximum(-tl.min(tl.min(b_g, 1), 0), 1e-3)
-        levels = tl.ceil(tl.log2(steepest * (C // 2) / FACTOR_LIMIT)).to(tl.int32)
-        levels = tl.minimum(tl.maximum(levels, 0), LOG_C)
+        levels = halvings(b_g, FACTOR_LIMIT, LOG_C, TILE_K)
         for level in range(levels + 1):
             distance = from_middle(b_g, before, LOG_C - level, C, EXACT)
             last = level == levels

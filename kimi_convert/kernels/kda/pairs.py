@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_convert.kernels.kda.device import from_middle
+from kimi_convert.kernels.kda.device import from_middle, halvings
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def add_pairs_at_once(a_qk, a_kk, b_q, b_k, distance, half, total, p_qg, p_kd, p
 @triton.jit
 def add_pairs_by_halving(
     a_qk, a_kk, b_q, b_k, b_g, total, p_qg, p_kd, p_kg,
-    C: tl.constexpr, LOG_C: tl.constexpr, FACTOR_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, LOG_C: tl.constexpr, TILE_K: tl.constexpr, FACTOR_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do the same for any gates: halve blocks of rows until no factor leaves the dtype's range.
 
@@ -67,9 +67,7 @@ def add_pairs_by_halving(
     tl.store(p_qg, (b_q * factor).to(DTYPE))
     tl.store(p_kd, (b_k * factor).to(DTYPE))
     tl.store(p_kg, (b_k * tl.exp2(after)).to(DTYPE))
-    steepest = tl.maximum(-tl.min(tl.min(b_g, 1), 0), 1e-3)
-    levels = tl.ceil(tl.log2(steepest * (C // 2) / FACTOR_LIMIT)).to(tl.int32)
-    levels = tl.minimum(tl.maximum(levels, 0), LOG_C)
+    levels = halvings(b_g, FACTOR_LIMIT, LOG_C, TILE_K)
     for level in range(levels + 1):
         distance = from_middle(b_g, before, LOG_C - level, C, EXACT)
         last = level == levels
