@@ -99,9 +99,7 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: Backend | str | None = Non
     return norm_triton(x, None, None, eps=eps, divisor=1)
 
 
-def _backend(
-    where: str, backend: Backend | str | None, x: Tensor, dtype: torch.dtype
-) -> Backend:
+def _backend(where: str, backend: Backend | str | None, x: Tensor, dtype: torch.dtype) -> Backend:
     """Return what runs; Triton is refused where it is asked for and cannot."""
     chosen = resolve_backend(backend, where=where, device=x.device, dtype=dtype)
     if chosen is Backend.TORCH or x.shape[-1] <= _TRITON_WIDTH:
