@@ -7,6 +7,7 @@
         CheckpointError              shards, index, names, shapes, dtypes, values
         MappingError                 a names or rules table does not cover a checkpoint
         RecipeError                  a recipe file or field
+        CalibrationError             text or a teacher that nothing can be fitted to
         TokenizerError               tokenizer files missing or not understood
         OutputError                  the output folder is taken, or is the input
         KernelInputError             shapes or dtypes handed to a kernel (also a ValueError)
@@ -88,6 +89,10 @@ class MappingError(InputError):
 
 class RecipeError(InputError):
     """A recipe file or one of its fields is not valid."""
+
+
+class CalibrationError(InputError):
+    """Nothing can be fitted: too little text, or values that are not finite."""
 
 
 class TokenizerError(InputError):

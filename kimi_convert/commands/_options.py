@@ -30,6 +30,18 @@ RecipeOpt = Annotated[
         show_default=False,
     ),
 ]
+CalibrationOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Text to fit the new mixers to: .jsonl or .txt; by default one that is bundled.",
+        show_default=False,
+    ),
+]
+DeviceOpt = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1.")
+]
 MaxShardSizeOpt = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
 ]

@@ -9,6 +9,8 @@ import typer
 from kimi_convert.commands._numbers import bytes_text, layers_text, seconds_text
 from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
+    CalibrationOpt,
+    DeviceOpt,
     JsonOpt,
     MaxShardSizeOpt,
     OutputArg,
@@ -33,6 +35,8 @@ def convert(
     source: SourceArg,
     output_folder: OutputArg,
     recipe: RecipeOpt = None,
+    calibration: CalibrationOpt = None,
+    device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
@@ -55,7 +59,13 @@ def convert(
         return
     with output.progress() as on_progress:
         result = convert_checkpoint(
-            source, output_folder, recipe=chosen, max_shard_bytes=limit, on_progress=on_progress
+            source,
+            output_folder,
+            recipe=chosen,
+            text=calibration,
+            device=device,
+            max_shard_bytes=limit,
+            on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
 

@@ -1,9 +1,15 @@
 """The recipe of a conversion: which layers stay, and what the new ones start from. TOML or defaults.
 
+[init]
+method = "search"            # or "copy", which needs no text; [kda] is for "copy" alone
+[calibration]
+tokens = 65536
+[align]
+steps = 0
 [layers]
-keep = "released"            # every 4th layer and the last, or a list counted from 0
+keep = "auto"                # by measurement; "released": every 4th and the last; or a list from 0
 [mla]
-rope = "drop"                # what becomes of the rotated part of layers that stay
+rope = "fold"                # what becomes of the rotated part of layers that stay
 [kda]
 short_conv_size = 4
 qk_rms = 8.0
@@ -21,30 +27,36 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from kimi_convert.config.calibration import CalibrationRecipe, read_calibration
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.limits import MAX_LAYERS, shown
 from kimi_convert.errors import ConfigError, RecipeError
 
 _MAX_RECIPE_BYTES = 1024 * 1024
-_RELEASED = "released"
+_RELEASED, _AUTO = "released", "auto"
 _RELEASED_PERIOD = 4
+_NEEDS_TEXT = 'what needs no text, or another method than "copy" under [init]'
 
 
 class RopeHandling(StrEnum):
     """What becomes of RoPE in MLA layers that stay; Kimi-Linear rotates nothing."""
 
     DROP = "drop"  # the rotated part of every query becomes 0
+    FOLD = "fold"  # each head's rotation, averaged over where it looks, moves into its query
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Every choice of a conversion.
 
-    The defaults of the KDA fields were chosen on `examples/text/calibration.jsonl` with the
-    bundled checkpoint; docs/adr/0006-data-free-start.md has the measurements.
+    `Recipe()` is a conversion without text, `default_recipe()` what the command line does. The
+    defaults of the KDA fields were chosen on `examples/text/calibration.jsonl` with the bundled
+    checkpoint; docs/adr/0006-data-free-start.md has the measurements.
     """
 
     keep_layers: tuple[int, ...] | None = None  # stay MLA, from 0; None: the released pattern
+    choose_layers: bool = False  # by measurement, as many as the released pattern keeps
+    calibration: CalibrationRecipe | None = None  # None: nothing is fitted
     rope: RopeHandling = RopeHandling.DROP
     short_conv_size: int = 4
     qk_rms: float = 8.0  # of q and k before SiLU; above 1, SiLU makes them mostly positive
@@ -64,6 +76,15 @@ class Recipe:
             )
             outside = [layer for layer in self.keep_layers if not 0 <= layer < MAX_LAYERS]
             _require(not outside, "layers.keep", "layers counted from 0", outside)
+        fitted = self.calibration is not None
+        _require(fitted or not self.choose_layers, "layers.keep", _NEEDS_TEXT, _AUTO)
+        _require(fitted or self.rope is RopeHandling.DROP, "mla.rope", _NEEDS_TEXT, self.rope)
+        _require(
+            not self.choose_layers or self.keep_layers is None,
+            "layers.keep",
+            "a list or a choice",
+            self.keep_layers,
+        )
         positive = {
             "kda.short_conv_size": self.short_conv_size,
             "kda.qk_rms": self.qk_rms,
@@ -106,9 +127,22 @@ class Recipe:
     def to_json(self) -> dict[str, object]:
         """Return every field, defaults included."""
         document = asdict(self)
-        document["keep_layers"] = _RELEASED if self.keep_layers is None else list(self.keep_layers)
+        del document["choose_layers"], document["calibration"]
+        if self.calibration is not None:
+            document |= self.calibration.to_json()
+        document["keep_layers"] = self._keep_text()
         document["half_life_tokens"] = list(self.half_life_tokens)
         return document
+
+    def _keep_text(self) -> object:
+        if self.choose_layers:
+            return _AUTO
+        return _RELEASED if self.keep_layers is None else list(self.keep_layers)
+
+
+def default_recipe() -> Recipe:
+    """Return what a conversion does where nothing else is asked for: fitted, layers by measurement."""
+    return Recipe(choose_layers=True, calibration=CalibrationRecipe(), rope=RopeHandling.FOLD)
 
 
 def load_recipe(path: Path | None) -> Recipe:
@@ -118,7 +152,7 @@ def load_recipe(path: Path | None) -> Recipe:
         RecipeError: the file is missing, is not TOML, or has an unknown or wrong field.
     """
     if path is None:
-        return Recipe()
+        return default_recipe()
     document = _read_toml(path)
     try:
         return _parse(document, path)
@@ -157,12 +191,18 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _parse(document: Mapping[str, object], path: Path) -> Recipe:
     defaults = Recipe()
     top = Fields(document, where=path)
-    layers, mla, kda = (
-        top.nested(name) or top.inside(name, {}) for name in ("layers", "mla", "kda")
+    init, calibration, align, layers, mla, kda = (
+        top.nested(name) or top.inside(name, {})
+        for name in ("init", "calibration", "align", "layers", "mla", "kda")
     )
+    fitted = read_calibration(init, calibration, align)
+    rope = RopeHandling.DROP if fitted is None else RopeHandling.FOLD
+    keep = layers.raw("keep")
     values = Recipe(
         keep_layers=_keep_layers(layers),
-        rope=_rope(mla.text("rope", default=defaults.rope)),
+        choose_layers=keep == _AUTO or (keep is None and fitted is not None),
+        calibration=fitted,
+        rope=_rope(mla.text("rope", default=rope)),
         short_conv_size=kda.integer("short_conv_size", default=defaults.short_conv_size),
         qk_rms=kda.number("qk_rms", default=defaults.qk_rms),
         v_rms=kda.number("v_rms", default=defaults.v_rms),
@@ -170,16 +210,17 @@ def _parse(document: Mapping[str, object], path: Path) -> Recipe:
         output_scale=kda.number("output_scale", default=defaults.output_scale),
         seed=kda.integer("seed", default=defaults.seed),
     )
-    for section in (top, layers, mla, kda):
+    for section in (top, init, calibration, align, layers, mla, kda):
         section.refuse_rest()
     return values
 
 
 def _keep_layers(layers: Fields) -> tuple[int, ...] | None:
     stated = layers.raw("keep")
-    if stated in (None, _RELEASED):
+    if stated in (None, _RELEASED, _AUTO):
         return None
-    _require(isinstance(stated, list), "layers.keep", f"{_RELEASED!r} or a list", stated)
+    expected = f"{_AUTO!r}, {_RELEASED!r} or a list"
+    _require(isinstance(stated, list), "layers.keep", expected, stated)
     listed = layers.integer_list("keep")
     _require(len(set(listed)) == len(listed), "layers.keep", "each layer once", listed)
     return tuple(sorted(listed))

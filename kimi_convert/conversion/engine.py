@@ -8,10 +8,11 @@ many threads torch has.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -68,20 +69,35 @@ class ConversionResult:
         }
 
 
+class Fit(Protocol):
+    """What a calibration gives a conversion."""
+
+    @property
+    def report(self) -> Mapping[str, object]:
+        """What goes into conversion.json."""
+        ...
+
+    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
+        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
+        ...
+
+
 def convert_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
     recipe: Recipe | None = None,
+    fit: Fit | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ConversionResult:
-    """Convert a checkpoint folder into a Kimi-Linear hybrid in a new or empty folder.
+    """Carry out a recipe: write a Kimi-Linear hybrid into a new or empty folder.
 
     Args:
         source: config.json and safetensors of a full-attention MLA model.
         output: appears whole or not at all.
-        recipe: None for the defaults.
+        recipe: None for a conversion without text. One with a calibration comes with its fit.
+        fit: what the calibration of that recipe gave.
         max_shard_bytes: of each file of weights, its header included.
         on_progress: told of every tensor, in bytes written.
 
@@ -94,18 +110,20 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     source, output = Path(source), Path(output)
+    assert (recipe is not None and recipe.calibration is not None) == (fit is not None)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
     with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:
         target.require_space(
             plan.write_bytes + sum((source / name).stat().st_size for name in carried)
         )
-        hashes = _Worker(plan, reader, on_progress).write_weights(target)
+        hashes = _Worker(plan, reader, fit, on_progress).write_weights(target)
         for name in carried:
             target.copy_file(source / name)
         target.write_json(CONFIG_FILE, config_to_json(plan.target_config))
         target.write_index(plan.shards)
-        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes))
+        report = None if fit is None else fit.report
+        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes, report))
         return ConversionResult(
             output=target.folder,
             plan=plan,
@@ -118,9 +136,14 @@ class _Worker:
     """Writes the files of weights of one plan."""
 
     def __init__(
-        self, plan: ConversionPlan, reader: CheckpointReader, on_progress: ProgressCallback
+        self,
+        plan: ConversionPlan,
+        reader: CheckpointReader,
+        fit: Fit | None,
+        on_progress: ProgressCallback,
     ) -> None:
         self._plan = plan
+        self._fit = fit
         self._reader = reader
         self._on_progress = on_progress
         self._tasks = {task.tensor.name: task for task in plan.tasks}
@@ -158,16 +181,7 @@ class _Worker:
 
     def _made(self, task: TensorTask) -> memoryview:
         """Return the bytes of a tensor that is computed; its sources are freed before."""
-        sources = tuple(self._wide(name) for name in task.sources)
-        job = Job(
-            sources=sources,
-            shape=task.tensor.shape,
-            target=task.param,
-            config=self._plan.source_config,
-            recipe=self._plan.recipe,
-        )
-        with _one_thread():
-            made = TRANSFORMS[task.op](job)
+        made = self._fitted(task) if task.op is Op.FITTED else self._transformed(task)
         stored = made.to(torch_dtype(task.tensor.dtype))
         if not bool(stored.isfinite().all()):
             raise CheckpointError(
@@ -179,6 +193,24 @@ class _Worker:
             )
         self._reader.release()
         return tensor_bytes(stored)
+
+    def _fitted(self, task: TensorTask) -> torch.Tensor:
+        assert self._fit is not None
+        assert task.layer_idx is not None
+        name = task.param.removeprefix(f"layers.{task.layer_idx}.")
+        return self._fit.parameter(task.layer_idx, name).reshape(task.tensor.shape).contiguous()
+
+    def _transformed(self, task: TensorTask) -> torch.Tensor:
+        sources = tuple(self._wide(name) for name in task.sources)
+        job = Job(
+            sources=sources,
+            shape=task.tensor.shape,
+            target=task.param,
+            config=self._plan.source_config,
+            recipe=self._plan.recipe,
+        )
+        with _one_thread():
+            return TRANSFORMS[task.op](job)
 
     def _wide(self, name: str) -> torch.Tensor:
         tensor = self._reader.tensor(name).float()

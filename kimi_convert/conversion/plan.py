@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_convert.checkpoints.dtypes import DTYPES
@@ -18,7 +18,7 @@ from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_s
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion.rules import RULES, Op, Rule
+from kimi_convert.conversion.rules import FITTED_TARGETS, RULES, Op, Rule
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import MappingError
@@ -133,10 +133,11 @@ def plan_conversion(
     """
     source, recipe = Path(source), recipe or Recipe()
     source_config = read_config(source)
-    target = target_config(source_config, recipe)
+    # Layers that a calibration will choose are planned where the released pattern has them.
+    target = target_config(source_config, replace(recipe, choose_layers=False))
     index = open_index(source)
     matched = match_checkpoint(source_config, index.tensors.values(), where=source)
-    tasks = tuple(_tasks(source_config, target, matched, index))
+    tasks = tuple(_tasks(source_config, target, matched, index, recipe))
     _check_all_read(matched, tasks)
     return ConversionPlan(
         index=index,
@@ -151,9 +152,13 @@ def plan_conversion(
 
 
 def _tasks(
-    source: ModelConfig, target: ModelConfig, matched: Match, index: CheckpointIndex
+    source: ModelConfig,
+    target: ModelConfig,
+    matched: Match,
+    index: CheckpointIndex,
+    recipe: Recipe,
 ) -> Iterator[TensorTask]:
-    rules = _RuleBook(source)
+    rules, fitted = _RuleBook(source), recipe.calibration is not None
     stored_names = dict(matched.stored_names)
     if source.tie_word_embeddings:
         stored_names["head.weight"] = stored_names["embed.weight"]
@@ -165,7 +170,7 @@ def _tasks(
                 entry.name, _dtype(entry, rule, sources, index, matched), entry.shape
             ),
             param=entry.param,
-            op=rule.op,
+            op=Op.FITTED if fitted and entry.template in FITTED_TARGETS else rule.op,
             sources=sources,
             layer_idx=entry.layer_idx,
         )

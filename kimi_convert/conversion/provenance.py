@@ -32,7 +32,10 @@ def carried_files(source: Path) -> tuple[str, ...]:
 
 
 def provenance(
-    plan: ConversionPlan, files: Iterable[WrittenFile], copied: SourceHashes
+    plan: ConversionPlan,
+    files: Iterable[WrittenFile],
+    copied: SourceHashes,
+    calibration: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Return the content of conversion.json.
 
@@ -40,6 +43,7 @@ def provenance(
         plan: what was carried out.
         files: everything written but conversion.json itself.
         copied: the source tensors that were carried over bit for bit, with their hashes.
+        calibration: what the fit reports; None for a conversion without text.
     """
     written = list(files)
     hashes = {name: digest for file in written for name, digest in file.tensor_sha256.items()}
@@ -48,6 +52,7 @@ def provenance(
         "tool": {"name": "kimi-convert", "version": __version__},
         "source": _source(plan),
         "recipe": plan.recipe.to_json(),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
         "layers": {
             "kda": list(plan.target_config.kda_layers),
             "mla": list(plan.target_config.mla_layers),

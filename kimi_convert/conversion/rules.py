@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Op(StrEnum):
-    """The operations; every one but COPY is a function in `transforms`."""
+    """The operations; every one but COPY and FITTED is a function in `transforms`."""
 
     COPY = "copy"  # the stored bytes, unchanged
     KEEP_QUERY = "keep_query"  # rows of a kept layer's q
@@ -29,6 +29,7 @@ class Op(StrEnum):
     RANDOM = "random"
     ZEROS = "zeros"
     OUTPUT_GAIN = "output_gain"
+    FITTED = "fitted"  # by a calibration, in place of the rule's own operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +94,12 @@ RULES = (
     Rule(_KDA + "g_b.weight", Op.ZEROS),
     Rule(_KDA + "o_norm.weight", Op.OUTPUT_GAIN),
     Rule(_KDA + "o.weight", Op.SCALE_OUTPUT, (_KEPT + "o.weight", *_INPUT, *_LATENT)),
+)
+
+# What a calibration gives: every mixer that is new, and the query and output of those that stay.
+FITTED_TARGETS = frozenset(
+    rule.target
+    for rule in RULES
+    if rule.target.startswith(_KDA)
+    or rule.target in (_KEPT + "q.weight", _KEPT + "q_b.weight", _KEPT + "o.weight")
 )

@@ -73,6 +73,18 @@ class MultiHeadLatentAttention(nn.Module):
             mixed = self._attend(q, latents)
         return self.o(mixed.flatten(2))  # [B, T, H, V] -> [B, T, D]
 
+    def expanded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what attention works on, for those who study it: rotated, every head apart.
+
+        Args:
+            x: [B, T, D], normalised; the sequences begin with it.
+
+        Returns:
+            q [B, T, H, n + r], k [B, T, H, n + r] and v [B, T, H, V].
+        """
+        rotation = self._rotation(x, start=0)
+        return self._queries(x, rotation), *self._keys_values(self._latents(x, rotation))
+
     def _rotation(self, x: torch.Tensor, *, start: int) -> Rotation | None:
         if self.sizes.rope is None or self.sizes.qk_rope_head_dim == 0:
             return None
@@ -103,13 +115,16 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _attend(self, q: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Attend with keys and values expanded from the latents: many tokens at once."""
+        k, v = self._keys_values(latents)
+        return causal_attention(q, k, v, scale=self.sizes.softmax_scale)
+
+    def _keys_values(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = self.sizes
         latent, rope_key = self._split_latents(latents)  # [B, S, R], [B, S, r]
         widths = (sizes.qk_nope_head_dim, sizes.v_head_dim)
         k_nope, v = self.kv_b(latent).unflatten(-1, (sizes.num_heads, -1)).split(widths, -1)
         shared = rope_key.unsqueeze(2).expand(-1, -1, sizes.num_heads, -1)  # [B, S, H, r]
-        k = torch.cat((k_nope, shared), -1)  # [B, S, H, n + r]
-        return causal_attention(q, k, v, scale=sizes.softmax_scale)
+        return torch.cat((k_nope, shared), -1), v  # [B, S, H, n + r], [B, S, H, V]
 
     def _attend_absorbed(self, q: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Attend over the latents themselves: W_kvb moves to the query and to the output.

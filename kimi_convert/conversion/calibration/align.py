@@ -1,0 +1,150 @@
+"""Gradient steps on one mixer: all its parameters, towards its target, with the rest fixed.
+
+The loss is |y - Z W|^2 / |y|^2 over a batch, so that layers of any scale take the same learning
+rate; a parameter moves in units of its own size. Masters are fp32. The output matrix moves along
+and is solved again afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+
+from kimi_convert.config.calibration import AlignRecipe
+from kimi_convert.conversion.calibration.students import Student
+from kimi_convert.errors import VerificationError
+
+_WARM_UP = 10
+_BETAS = (0.9, 0.95)
+_CLIP = 1.0
+_DIVERGED = 4.0  # times the loss at the start, on average over as many steps as the next says
+_AVERAGED = 10
+
+# The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
+# is a logarithm. Chosen on calibration text of the bundled checkpoint.
+_OWN_RMS = 16.0
+_ABSOLUTE = {"A_log": 4.0, "dt_bias": 4.0, "f_b.weight": 1.0, "g_b.weight": 1.0}
+_OF_OWN_RMS = {
+    "q_conv.weight": 2.0,
+    "k_conv.weight": 2.0,
+    "v_conv.weight": 2.0,
+    "o_norm.weight": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """One parameter: base + scale * change."""
+
+    base: torch.Tensor
+    scale: float
+    change: torch.Tensor
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The parameter now."""
+        return self.base + self.scale * self.change
+
+
+def align_mixer(
+    student: Student,
+    matrix: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    recipe: AlignRecipe,
+    *,
+    seed: int,
+) -> Mapping[str, object]:
+    """Train a mixer in place.
+
+    Args:
+        student: its parameters change.
+        matrix: [F, D], the output matrix to begin with; not changed.
+        x: [N, T, D], inputs.
+        y: [N, T, D], targets.
+        recipe: how many steps of what size.
+        seed: of the batches.
+
+    Returns:
+        What to note: the loss of the first and of the last steps, and the tokens drawn.
+
+    Raises:
+        VerificationError: the loss grows or is not finite. The student is unchanged.
+    """
+    parameters = {name: _trained(name, p) for name, p in student.module.named_parameters()}
+    output = _trained("o.weight", matrix)
+    leaves = [one.change for one in (*parameters.values(), output)]
+    optimizer = torch.optim.AdamW(leaves, lr=recipe.learning_rate, betas=_BETAS, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(recipe.steps))
+    losses: list[float] = []
+    drawn = 0
+    with torch.enable_grad():
+        for rows in _batches(len(x), x.shape[1], recipe, seed=seed):
+            values = {name: one.value for name, one in parameters.items()}
+            found = functional_call(student.module, values, (x[rows],)) @ output.value
+            loss = (found - y[rows]).square().sum() / y[rows].square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(leaves, _CLIP)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss))
+            drawn += len(rows) * x.shape[1]
+            _check(losses, recipe)
+    for name, parameter in student.module.named_parameters():
+        parameter.copy_(student.rounded(name, parameters[name].value.detach()))
+    return {
+        "align_losses": [_mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])],
+        "align_tokens": drawn,
+    }
+
+
+def _trained(name: str, parameter: torch.Tensor) -> _Trained:
+    scale = _ABSOLUTE.get(name)
+    if scale is None:
+        rms = float(parameter.square().mean().sqrt())
+        scale = _OF_OWN_RMS.get(name, _OWN_RMS) * rms if rms > 0 else 1.0
+    base = parameter.detach().clone()
+    return _Trained(base, scale, torch.zeros_like(base).requires_grad_())
+
+
+def _cosine(steps: int):  # noqa: ANN202  (a closure for the scheduler)
+    def factor(step: int) -> float:
+        if step < _WARM_UP:
+            return (step + 1) / _WARM_UP
+        return 0.5 + 0.5 * math.cos(math.pi * (step - _WARM_UP) / max(steps - _WARM_UP, 1))
+
+    return factor
+
+
+def _batches(
+    num_rows: int, length: int, recipe: AlignRecipe, *, seed: int
+) -> Iterator[torch.Tensor]:
+    """Yield the rows of every step: epochs in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, min(recipe.tokens_per_step // length, num_rows))
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(recipe.steps):
+        if len(left) < size:
+            left = torch.cat((left, torch.randperm(num_rows, generator=generator)))
+        yield left[:size]
+        left = left[size:]
+
+
+def _check(losses: list[float], recipe: AlignRecipe) -> None:
+    first, last = _mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])
+    if not math.isfinite(losses[-1]) or last > _DIVERGED * first:
+        raise VerificationError(
+            "alignment diverges",
+            expected=f"a relative error of at most {_DIVERGED:g} times the first, {first:.3g}",
+            found=f"{losses[-1]:.3g} after {len(losses)} of {recipe.steps} steps",
+            hint="Lower `align.learning_rate`; layers that are finished are kept.",
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

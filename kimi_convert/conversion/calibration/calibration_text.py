@@ -1,0 +1,112 @@
+"""The text that a conversion is fitted to: rows of tokens, in an order of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.errors import CalibrationError
+from kimi_convert.model.document import Document
+from kimi_convert.model.text import pack_documents, read_documents
+from kimi_convert.model.tokenizer import Tokenizer, load_tokenizer
+
+_KIND = "calibration"
+# Documents are shuffled in groups of so many bytes of text: enough to mix kinds that follow each
+# other in a file, without reading a large file whole.
+_SHUFFLED_CHARACTERS = 32 * 1024 * 1024
+# A byte-level tokenizer has no unknown tokens: a script that it does not know falls to single
+# bytes. English and code have 3 to 4 bytes in a token, Chinese about as many.
+_LEAST_BYTES = 1.25
+_CHECKED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationText:
+    """Rows of tokens [N, T + 1]; the last `validation_rows` fit nothing."""
+
+    tokens: torch.Tensor  # int64
+    validation_rows: int
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """[N, T]."""
+        return self.tokens[:, :-1]
+
+
+def calibration_text(
+    path: Path, source: Path, config: ModelConfig, recipe: CalibrationRecipe, *, seed: int
+) -> CalibrationText:
+    """Read, shuffle and pack a text for a model.
+
+    Args:
+        path: `.jsonl` or `.txt`; see `read_documents`.
+        source: folder of the model, with its tokenizer.
+        config: of the model.
+        recipe: how many tokens of what length.
+        seed: of the order of documents.
+
+    Raises:
+        InputError: the file is missing, is not UTF-8, or has an invalid line.
+        TokenizerError: the model's tokenizer is missing or not understood.
+        CalibrationError: there is too little text, or the tokenizer does not know its script.
+    """
+    tokenizer = load_tokenizer(source)
+    separator = next(iter(config.eos_token_ids), None)
+    packed = pack_documents(
+        _shuffled(read_documents(path), seed=seed),
+        tokenizer,
+        sequence_length=recipe.sequence_length,
+        separator_id=separator,
+        vocab_size=config.vocab_size,
+        max_tokens=recipe.rows * recipe.sequence_length,
+    )
+    if len(packed.tokens) < recipe.rows:
+        raise CalibrationError(
+            "there is too little text to fit a conversion to",
+            where=path,
+            expected=f"{recipe.rows * recipe.sequence_length} tokens, as the recipe says",
+            found=f"{len(packed.tokens) * recipe.sequence_length} tokens in whole sequences",
+            hint="Give a longer text, or lower `calibration.tokens` in the recipe.",
+        )
+    _check_known(packed.tokens, tokenizer, path)
+    return CalibrationText(tokens=packed.tokens, validation_rows=recipe.validation_rows)
+
+
+def _shuffled(documents: Iterator[Document], *, seed: int) -> Iterator[Document]:
+    """Yield the documents in groups, each in random order, all as one kind."""
+    order = random.Random(seed)  # noqa: S311  (an order, not a secret)
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(replace(document, kind=_KIND))
+        size += len(document.text or document.token_ids or ())
+        if size >= _SHUFFLED_CHARACTERS:
+            order.shuffle(group)
+            yield from group
+            group, size = [], 0
+    order.shuffle(group)
+    yield from group
+
+
+def _check_known(tokens: torch.Tensor, tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a text that falls to bytes: the tokenizer has no tokens for its script."""
+    ids, counts = tokens[:_CHECKED_ROWS].unique(return_counts=True)
+    nbytes = sum(
+        len(tokenizer.token_bytes(token_id)) * count
+        for token_id, count in zip(ids.tolist(), counts.tolist(), strict=True)
+    )
+    mean = nbytes / int(counts.sum())
+    if mean < _LEAST_BYTES:
+        raise CalibrationError(
+            "the tokenizer does not know the words of this text",
+            where=path,
+            expected=f"at least {_LEAST_BYTES} bytes in a token on average",
+            found=f"{mean:.2f}",
+            hint="Give a text in a language that the model was trained on.",
+        )

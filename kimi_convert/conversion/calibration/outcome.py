@@ -1,0 +1,58 @@
+"""How near a fitted student is to its teacher on tokens that fitted nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from kimi_convert.conversion.calibration.streams import batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Means over the validation tokens."""
+
+    tokens: int
+    kl: float  # KL(teacher || student), nats per token
+    teacher_loss: float  # nats per token
+    student_loss: float
+    top1_agreement: float  # share of tokens with the same most likely next token
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields."""
+        return asdict(self)
+
+
+def outcome_of(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    guide: torch.Tensor,
+    stream: torch.Tensor,
+    tokens: torch.Tensor,
+) -> Outcome:
+    """Compare the last hidden streams [n, T, D] of both models.
+
+    Args:
+        head: hidden states to logits.
+        guide: the teacher's.
+        stream: the student's.
+        tokens: [n, T + 1], inputs and the token after the last.
+    """
+    kl = teacher = student = agreed = 0.0
+    for rows in batches(len(guide)):
+        expected = head(guide[rows]).log_softmax(-1)
+        found = head(stream[rows]).log_softmax(-1)
+        targets = tokens[rows, 1:].to(found.device).unsqueeze(-1)
+        kl += float((expected.exp() * (expected - found)).sum())
+        teacher -= float(expected.gather(-1, targets).sum())
+        student -= float(found.gather(-1, targets).sum())
+        agreed += float((expected.argmax(-1) == found.argmax(-1)).sum())
+    count = guide.shape[0] * guide.shape[1]
+    return Outcome(
+        tokens=count,
+        kl=kl / count,
+        teacher_loss=teacher / count,
+        student_loss=student / count,
+        top1_agreement=agreed / count,
+    )

@@ -1,0 +1,195 @@
+"""Fit a conversion to text: study the teacher, choose the layers that stay, solve in order.
+
+Memory holds one layer of the teacher and its student, and the activations of the calibration
+tokens; what is finished lies in a folder beside the output, from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kimi_convert import __version__
+from kimi_convert.checkpoints.examples import calibration_text as bundled_text
+from kimi_convert.checkpoints.hashing import sha256_of_file
+from kimi_convert.checkpoints.index import open_index
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.config.huggingface import CONFIG_FILE, read_config
+from kimi_convert.config.progress import ProgressCallback, ignore_progress
+from kimi_convert.config.recipe import Recipe, RopeHandling
+from kimi_convert.conversion.calibration.calibration_text import CalibrationText, calibration_text
+from kimi_convert.conversion.calibration.choice import (
+    LayerChoice,
+    candidate_sets,
+    choose_layers,
+    longest_run,
+)
+from kimi_convert.conversion.calibration.outcome import Outcome
+from kimi_convert.conversion.calibration.sequential import (
+    SequentialInput,
+    fitted_name,
+    solve_in_order,
+)
+from kimi_convert.conversion.calibration.starts import start_of
+from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.conversion.calibration.study import Study, StudyInput, part_name, study_layers
+from kimi_convert.conversion.target import target_config
+from kimi_convert.model.loading import LayerLoader, open_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A finished fit: the recipe with its layers settled, and where the parameters lie."""
+
+    recipe: Recipe  # names the layers that stay
+    store: CalibrationStore
+    report: Mapping[str, object]
+    outcome: Outcome
+
+    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
+        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
+        return self.store.tensor(fitted_name(layer_idx), name)
+
+
+@torch.no_grad()
+def calibrate(
+    source: str | Path,
+    work_folder: str | Path,
+    *,
+    recipe: Recipe,
+    text: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: ProgressCallback = ignore_progress,
+) -> Calibration:
+    """Fit every layer of a conversion.
+
+    Args:
+        source: folder of the teacher.
+        work_folder: for finished layers; a run that finds its own there goes on with them.
+        recipe: with a calibration.
+        text: `.jsonl` or `.txt`; None for the text that comes with the package.
+        device: where models run.
+        on_progress: told of every stage.
+
+    Raises:
+        ConfigError: the source cannot become a hybrid.
+        CheckpointError: the source is not whole.
+        InputError: the text cannot be used; CalibrationError where there is too little of it.
+        OutputError: the work folder is another run's.
+        ResourceError: the disk is full.
+        VerificationError: alignment diverges.
+    """
+    assert recipe.calibration is not None
+    started = time.monotonic()
+    source = Path(source)
+    path = bundled_text() if text is None else Path(text)
+    config = read_config(source)
+    target_config(config, recipe)  # refuses what cannot be converted before any work
+    rows = calibration_text(path, source, config, recipe.calibration, seed=recipe.seed)
+    store = CalibrationStore(Path(work_folder), _digest(source, path, recipe))
+    with open_layers(source, device=device) as teacher:
+        run = _Run(teacher, recipe, recipe.calibration, rows, store, on_progress)
+        study, choice = run.study()
+        settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
+        outcome = run.solve(settled)
+    return Calibration(
+        recipe=settled,
+        store=store,
+        report={
+            "text": {"name": path.name, "sha256": sha256_of_file(path)},
+            "tokens": rows.inputs.numel(),
+            "layers": _layers_report(config, settled, study, choice, store),
+            "kept_sets": [{"kept": list(kept), "kl": kl} for kept, kl in choice.kl_of.items()],
+            "validation": outcome.to_json(),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+        outcome=outcome,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The two passes over one teacher."""
+
+    teacher: LayerLoader
+    recipe: Recipe
+    calibration: CalibrationRecipe
+    text: CalibrationText
+    store: CalibrationStore
+    on_progress: ProgressCallback
+
+    def study(self) -> tuple[Study, LayerChoice]:
+        """Measure every layer, and settle which of them stay."""
+        config = self.teacher.config
+        tokens = self.text.inputs
+        released = replace(self.recipe, choose_layers=False).kept_layers(config.num_layers)
+        given = StudyInput(
+            config=target_config(config, replace(self.recipe, choose_layers=False)),
+            search_tokens=tokens[: self.calibration.search_rows],
+            validation_tokens=tokens[len(tokens) - self.text.validation_rows :],
+            fold=self.recipe.rope is RopeHandling.FOLD,
+        )
+        start = start_of(self.calibration.method, seed=self.recipe.seed)
+        study = study_layers(self.teacher, given, start, self.store, self.on_progress)
+        sets = candidate_sets(study, released) if self.recipe.choose_layers else [released]
+        choice = choose_layers(self.teacher, given, study, sets, self.store, self.on_progress)
+        return study, choice
+
+    def solve(self, settled: Recipe) -> Outcome:
+        """Solve the layers of the settled hybrid in order."""
+        given = SequentialInput(
+            config=target_config(self.teacher.config, settled),
+            text=self.text,
+            fold=settled.rope is RopeHandling.FOLD,
+            align=self.calibration.align,
+            seed=settled.seed,
+        )
+        return solve_in_order(self.teacher, given, self.store, self.on_progress)
+
+
+def _layers_report(
+    config: ModelConfig,
+    recipe: Recipe,
+    study: Study,
+    choice: LayerChoice,
+    store: CalibrationStore,
+) -> dict[str, object]:
+    layers = range(config.num_layers)
+    return {
+        "kept": list(choice.kept),
+        "longest_run_of_kda": longest_run(choice.kept, config.num_layers),
+        "each": [
+            {
+                "layer": n,
+                "kl_as_kda": study.kl_as_kda[n],
+                "kl_as_mla": study.kl_as_mla[n],
+                "search": store.record(part_name(n)),
+                "solved": store.record(fitted_name(n)),
+            }
+            for n in layers
+        ],
+    }
+
+
+def _digest(source: Path, text: Path, recipe: Recipe) -> str:
+    """Return what stands for everything that the results depend on."""
+    index = open_index(source)
+    files = {
+        name: (file.nbytes, (source / name).stat().st_mtime_ns)
+        for name, file in sorted(index.shards.items())
+    }
+    inputs = {
+        "version": __version__,
+        "config": sha256_of_file(source / CONFIG_FILE),
+        "files": files,
+        "recipe": recipe.to_json(),
+        "text": sha256_of_file(text),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

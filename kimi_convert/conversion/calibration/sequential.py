@@ -1,0 +1,151 @@
+"""The second pass: output matrices solved in order, on what the student itself hands down.
+
+Each layer sees the student's residual stream, errors of earlier layers included, and its output
+matrix is solved for what would bring that stream back to the teacher's:
+
+    W = argmin |h_teacher,after mixer - h_student,before - Z W|^2
+
+Kept layers take part. A solve that does worse than no mixer at all on tokens that it did not see
+is replaced by the teacher-forced one, or by nothing, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.calibration import AlignRecipe
+from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.align import align_mixer
+from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
+from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
+from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.conversion.calibration.streams import advance, batches, groups, make_stream
+from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
+from kimi_convert.conversion.calibration.study import part_name
+from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.loading import LayerLoader
+
+_STAGE = "solving outputs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequentialInput:
+    """What the second pass works with."""
+
+    config: ModelConfig  # of the hybrid, with the layers that it keeps
+    text: CalibrationText
+    fold: bool
+    align: AlignRecipe
+    seed: int
+
+
+def solve_in_order(
+    teacher: LayerLoader,
+    given: SequentialInput,
+    store: CalibrationStore,
+    on_progress: ProgressCallback,
+) -> Outcome:
+    """Go through both models once. Layers that the store has are not solved again."""
+    tokens = given.text.inputs
+    embed = teacher.embedding()
+    guide = make_stream(tokens, embed, spill=store.folder)
+    stream = make_stream(tokens, embed, spill=store.folder)
+    num_layers = teacher.config.num_layers
+    for layer_idx in range(num_layers):
+        on_progress(ProgressEvent(_STAGE, layer_idx, num_layers, "layers"))
+        layer = teacher.layer(layer_idx)
+        mixed = torch.cat([layer.mix(guide[rows]) for rows in batches(len(guide))])
+        name = fitted_name(layer_idx)
+        if not store.has(name):
+            _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
+        part = store.tensors(name)
+        student = _student(layer, layer_idx, part, given)
+        matrix = part[f"{student.prefix}o.weight"].to(stream.device).T
+        for rows in batches(len(stream)):
+            advance(stream, layer, student.features(layer.input_norm(stream[rows])) @ matrix, rows)
+            advance(guide, layer, mixed[rows], rows)
+    on_progress(ProgressEvent(_STAGE, num_layers, num_layers, "layers"))
+    check = slice(len(tokens) - given.text.validation_rows, None)
+    return outcome_of(teacher.head(), guide[check], stream[check], given.text.tokens[check])
+
+
+def fitted_name(layer_idx: int) -> str:
+    """Return the store's name of a layer's final parameters."""
+    return f"fitted-{layer_idx:04d}"
+
+
+class _Solver:
+    """One layer."""
+
+    def __init__(
+        self, layer: DecoderLayer, layer_idx: int, given: SequentialInput, store: CalibrationStore
+    ) -> None:
+        self.layer = layer
+        self.layer_idx = layer_idx
+        self.given = given
+        self.store = store
+
+    def solve(self, guide: torch.Tensor, stream: torch.Tensor, mixed: torch.Tensor) -> None:
+        """Solve, judge and store one layer."""
+        searched = self.store.tensors(part_name(self.layer_idx))
+        student = _student(self.layer, self.layer_idx, searched, self.given)
+        rows = len(stream) - self.given.text.validation_rows
+        x = torch.cat([self.layer.input_norm(stream[part]) for part in batches(len(stream))])
+        aim = guide + mixed - stream
+        aligned: Mapping[str, object] = {}
+        forced = self._forced(searched, student)
+        if self.given.align.steps:
+            aligned = align_mixer(
+                student, forced, x[:rows], aim[:rows], self.given.align, seed=self.given.seed
+            )
+        z = student.features(x)
+        parts = [moments(z[part], aim[part]) for part in groups(rows)]
+        fitted = fit_ridge(parts)
+        judged = moments(z[rows:], aim[rows:])
+        stored = getattr(torch, self.given.config.dtype)
+        options = {
+            "solved": fitted.solution,
+            "teacher-forced": forced,
+            "switched off": torch.zeros_like(forced),
+        }
+        rounded = {name: value.to(stored).float() for name, value in options.items()}
+        errors = {name: judged.error(value.double()) for name, value in rounded.items()}
+        used = "solved" if errors["solved"] < 1 else min(errors, key=errors.__getitem__)
+        self.store.save(
+            fitted_name(self.layer_idx),
+            {**student.parameters(), f"{student.prefix}o.weight": rounded[used].T},
+            {
+                "mixer": student.prefix[:-1],
+                "output": used,
+                "penalty": fitted.penalty,
+                "error": errors[used],
+                **aligned,
+            },
+        )
+
+    def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
+        if student.prefix == "kda.":
+            return searched["kda.o.weight"].T
+        assert self.layer.mla is not None
+        return self.layer.mla.o.weight.float().T
+
+
+def _student(
+    layer: DecoderLayer,
+    layer_idx: int,
+    part: Mapping[str, torch.Tensor],
+    given: SequentialInput,
+) -> Student:
+    assert layer.mla is not None
+    device = layer.mla.o.weight.device
+    if layer_idx in given.config.kda_layers:
+        return KdaStudent(given.config, {name: value.to(device) for name, value in part.items()})
+    lags = part.get("lags") if given.fold else None
+    student = MlaStudent(given.config, layer.mla, None if lags is None else lags.to(device))
+    student.load(part)
+    return student

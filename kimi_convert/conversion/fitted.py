@@ -1,0 +1,95 @@
+"""A whole conversion: fit it to text where the recipe says so, then write the hybrid.
+
+Finished layers of the fit lie beside the output, in OUTPUT.calibration, until the output is
+complete: after an interrupt the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from kimi_convert.checkpoints.output import open_output
+from kimi_convert.config.progress import ProgressCallback, ignore_progress
+from kimi_convert.config.recipe import Recipe, default_recipe
+from kimi_convert.conversion import engine
+from kimi_convert.conversion.calibration.run import calibrate
+from kimi_convert.conversion.engine import ConversionResult
+from kimi_convert.conversion.plan import DEFAULT_MAX_SHARD_BYTES, plan_conversion
+
+WORK_SUFFIX = ".calibration"
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    text: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_progress: ProgressCallback = ignore_progress,
+) -> ConversionResult:
+    """Convert a checkpoint folder into a Kimi-Linear hybrid in a new or empty folder.
+
+    Args:
+        source: config.json and safetensors of a full-attention MLA model.
+        output: appears whole or not at all.
+        recipe: None for the default: mixers searched and layers chosen on calibration text.
+        text: `.jsonl` or `.txt` to calibrate on; None for the text that comes with the package.
+        device: where the calibration runs models.
+        max_shard_bytes: of each file of weights, its header included.
+        on_progress: told of every stage.
+
+    Raises:
+        ConfigError: the source cannot become a hybrid.
+        CheckpointError: the source is not whole, or holds NaN or Inf; nothing is left behind.
+        RecipeError: the recipe does not fit the model.
+        InputError: the text cannot be used; CalibrationError where there is too little of it.
+        OutputError: the output folder is taken, or not apart from the source.
+        ResourceError: the disk is full or cannot be written.
+        VerificationError: alignment diverges.
+    """
+    source, output = Path(source), Path(output)
+    recipe = recipe or default_recipe()
+    if recipe.calibration is None:
+        return engine.convert_checkpoint(
+            source,
+            output,
+            recipe=recipe,
+            max_shard_bytes=max_shard_bytes,
+            on_progress=on_progress,
+        )
+    # Whatever would refuse the writing must refuse it before minutes of fitting.
+    plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
+    _check_output(output, source=source, nbytes=plan.write_bytes)
+    fit = calibrate(
+        source,
+        output.with_name(output.name + WORK_SUFFIX),
+        recipe=recipe,
+        text=text,
+        device=device,
+        on_progress=on_progress,
+    )
+    result = engine.convert_checkpoint(
+        source,
+        output,
+        recipe=fit.recipe,
+        fit=fit,
+        max_shard_bytes=max_shard_bytes,
+        on_progress=on_progress,
+    )
+    fit.store.remove()
+    return result
+
+
+class _Checked(Exception):  # noqa: N818  (a way out, not an error)
+    """Leaves an output folder as it was."""
+
+
+def _check_output(output: Path, *, source: Path, nbytes: int) -> None:
+    with suppress(_Checked), open_output(output, source=source) as target:
+        target.require_space(nbytes)
+        raise _Checked
