@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING
@@ -25,12 +25,27 @@ if TYPE_CHECKING:
     from kimi_convert.exporters.safetensors import ExportResult
     from kimi_convert.model.summary import CheckpointSummary
     from kimi_convert.validation import ValidationReport
+    from kimi_convert.validation.report import Scores
 
+# A quarter of the default text: a demo is not to take minutes.
+_RECIPE = """\
+[calibration]
+tokens = 32768
+search_tokens = 8192
+validation_tokens = 4096
+"""
+_KIL_RECIPE = f"""\
+[init]
+method = "kil"  # copied projections, one constant decay
+[layers]
+keep = "released"
+{_RECIPE}"""
 _SEQUENCE_LENGTH = 512
 _TOKENS_PER_KIND = 4096
 _EXPORT_SHARD_SIZE = "8MB"
 _PROMPT = "The history of"
 _NEW_TOKENS = 48
+_QUALITY_ALONE = frozenset({"quality"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +57,7 @@ class DemoResult:
     conversion: ConversionResult
     validation: ValidationReport
     export: ExportResult
+    baselines: Mapping[str, Scores]  # what other starts are worth, by name
     continuations: tuple[Continuation, ...]  # the teacher's and the hybrid's
     seconds: Mapping[str, float]  # of each step
 
@@ -52,6 +68,7 @@ class DemoResult:
             "inspect": self.summary.to_json(),
             "convert": self.conversion.to_json(),
             "validate": self.validation.to_json(),
+            "baselines": {name: asdict(scores) for name, scores in self.baselines.items()},
             "export": self.export.to_json(),
             "generate": [continuation.to_json() for continuation in self.continuations],
             "seconds": {step: round(seconds, 3) for step, seconds in self.seconds.items()},
@@ -76,6 +93,7 @@ def run_demo(folder: Path, *, output: Output) -> DemoResult:
         summary=summary,
         conversion=demo.convert(),
         validation=demo.validate(),
+        baselines=demo.baselines(),
         export=demo.export(),
         continuations=(demo.generate(demo.source), demo.generate(demo.hybrid)),
         seconds=demo.seconds,
@@ -110,30 +128,64 @@ class _Demo:
         return plan
 
     def convert(self) -> ConversionResult:
-        from kimi_convert.conversion import convert_checkpoint
-
-        with self._step("convert", self.source, self.hybrid), self.output.progress() as progress:
-            result = convert_checkpoint(self.source, self.hybrid, on_progress=progress)
-        self.folder.made(self.hybrid)
+        result = self._convert("hybrid", _RECIPE)
         self._show(conversion_report(result))
         return result
 
+    def baselines(self) -> Mapping[str, Scores]:
+        """Convert the other ways, and score them on the same text."""
+        others = {"copied, KIL's decay": ("kil", _KIL_RECIPE), "copied, no text": ("copy", None)}
+        found: dict[str, Scores] = {}
+        for label, (name, recipe) in others.items():
+            self._convert(name, recipe)
+            quality = self._validate(self.folder.path / name, checks=_QUALITY_ALONE).quality
+            assert quality is not None
+            found[label] = quality.student.overall
+        return found
+
+    def _convert(self, name: str, recipe: str | None) -> ConversionResult:
+        """Convert the example by a recipe, or without text."""
+        from kimi_convert.config.recipe import load_recipe, without_text
+        from kimi_convert.conversion import convert_checkpoint
+
+        output = self.folder.path / name
+        if recipe is None:
+            options, chosen = ("--no-text",), without_text(load_recipe(None))
+        else:
+            path = self.folder.path / f"{name}.toml"
+            path.write_text(recipe, encoding="utf-8")
+            self.folder.made(path)
+            options, chosen = ("--recipe", str(path)), load_recipe(path)
+        step = self._step("convert", self.source, output, *options)
+        with step, self.output.progress() as progress:
+            result = convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
+        self.folder.made(output)
+        return result
+
     def validate(self) -> ValidationReport:
+        report = self._validate(self.hybrid)
+        self._show(brief_report(report))
+        return report
+
+    def _validate(
+        self, checkpoint: Path, checks: frozenset[str] | None = None
+    ) -> ValidationReport:
         from kimi_convert.checkpoints.examples import heldout_text
         from kimi_convert.validation import ValidationOptions, validate_checkpoint
+        from kimi_convert.validation.options import Check
 
         text = heldout_text()
         options = ValidationOptions(
-            sequence_length=_SEQUENCE_LENGTH, max_tokens_per_kind=_TOKENS_PER_KIND
+            checks=frozenset(Check) if checks is None else frozenset(map(Check, checks)),
+            sequence_length=_SEQUENCE_LENGTH,
+            max_tokens_per_kind=_TOKENS_PER_KIND,
         )
         limits = ("--max-tokens-per-kind", _TOKENS_PER_KIND)
-        arguments = (self.hybrid, "--teacher", self.source, "--text", text, *limits)
+        arguments = (checkpoint, "--teacher", self.source, "--text", text, *limits)
         with self._step("validate", *arguments), self.output.progress() as progress:
-            report = validate_checkpoint(
-                self.hybrid, teacher=self.source, text=text, options=options, on_progress=progress
+            return validate_checkpoint(
+                checkpoint, teacher=self.source, text=text, options=options, on_progress=progress
             )
-        self._show(brief_report(report))
-        return report
 
     def export(self) -> ExportResult:
         from kimi_convert.checkpoints.byte_size import parse_byte_size

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kimi_convert.commands._report import Sentence, Table
 
 if TYPE_CHECKING:
     from kimi_convert.validation.report import QualityReport, Scores
+
+_NO_OTHERS: Mapping[str, Scores] = MappingProxyType({})
 
 
 def scores_table(title: str, rows: Mapping[str, Scores], *, first: str) -> Table:
@@ -21,14 +24,18 @@ def scores_table(title: str, rows: Mapping[str, Scores], *, first: str) -> Table
     )
 
 
-def models_table(quality: QualityReport) -> Table:
-    """Return the scores of teacher, checkpoint and ablation, where measured."""
+def models_table(quality: QualityReport, others: Mapping[str, Scores] = _NO_OTHERS) -> Table:
+    """Return the scores of teacher, checkpoint, others and ablation, where measured."""
     models = {
         "teacher": quality.teacher,
         "this checkpoint": quality.student,
         "converted mixers switched off": quality.ablated,
     }
     rows = {name: model.overall for name, model in models.items() if model is not None}
+    last = rows.popitem() if quality.ablated is not None and others else None
+    rows |= dict(others)
+    if last is not None:
+        rows[last[0]] = last[1]
     return scores_table("Quality, nats per token", rows, first="model")
 
 

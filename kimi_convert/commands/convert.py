@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kimi_convert.commands._fit import fit_report
 from kimi_convert.commands._numbers import bytes_text, layers_text, seconds_text
 from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
@@ -24,10 +26,29 @@ from kimi_convert.commands._report import Facts, Report
 from kimi_convert.commands.plan import plan_report, runtimes_table
 
 if TYPE_CHECKING:
+    from kimi_convert.config.recipe import Recipe
     from kimi_convert.conversion import ConversionResult
 
 EXAMPLE = "kimi-convert convert ./Moonlight-16B-A3B ./hybrid --recipe recipe.toml"
 
+LayersOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="WHICH",
+        help="Which layers stay MLA: auto, released, or a list from 0 as 3,7.",
+        show_default=False,
+    ),
+]
+AlignOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--align", metavar="STEPS", min=0, help="Gradient steps on each mixer.", show_default=False
+    ),
+]
+NoTextOpt = Annotated[
+    bool, typer.Option("--no-text", help="Fit nothing: a start for training, made in seconds.")
+]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 
 
@@ -36,6 +57,9 @@ def convert(
     output_folder: OutputArg,
     recipe: RecipeOpt = None,
     calibration: CalibrationOpt = None,
+    layers: LayersOpt = None,
+    align: AlignOpt = None,
+    no_text: NoTextOpt = False,
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
     dry_run: DryRunOpt = False,
@@ -48,15 +72,23 @@ def convert(
     The output folder appears whole or not at all, and the same call gives the same bytes.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.config.recipe import load_recipe
+    from kimi_convert.config.recipe import load_recipe, with_alignment, with_layers, without_text
     from kimi_convert.conversion import convert_checkpoint, plan_conversion
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen, limit = load_recipe(recipe), parse_byte_size(max_shard_size)
+    if no_text:
+        chosen = without_text(chosen)
+    if align is not None:
+        chosen = with_alignment(chosen, align)
+    if layers is not None:
+        chosen = with_layers(chosen, layers)
     if dry_run:
         plan = plan_conversion(source, chosen, max_shard_bytes=limit)
         output.show(plan, lambda: plan_report(plan))
         return
+    if chosen.calibration is not None:
+        output.note(_cost_text(source, chosen, device))
     with output.progress() as on_progress:
         result = convert_checkpoint(
             source,
@@ -80,6 +112,23 @@ def conversion_report(result: ConversionResult) -> Report:
         ("tensors", f"{len(plan.tasks)}, {bytes_text(plan.shards.total_size)}"),
         ("copied bit for bit", bytes_text(plan.copied_bytes)),
         ("files", str(len(result.files))),
-        ("time", seconds_text(result.seconds)),
+        ("time to write", seconds_text(result.seconds)),
     )
-    return (Facts(f"Converted {plan.source} to {result.output}", facts), runtimes_table(plan))
+    sections: Report = (Facts(f"Converted {plan.source} to {result.output}", facts),)
+    if result.fit is not None:
+        sections = (*sections, *fit_report(result.fit))
+    return (*sections, runtimes_table(plan))
+
+
+def _cost_text(source: Path, recipe: Recipe, device: str) -> str:
+    """Say what the calibration will take, before it starts."""
+    from kimi_convert.config.huggingface import read_config
+    from kimi_convert.conversion.calibration.cost import calibration_cost
+
+    assert recipe.calibration is not None
+    cost = calibration_cost(read_config(source), recipe.calibration)
+    seconds = seconds_text(max(10.0, cost.seconds(device)))
+    return (
+        f"fitting to {recipe.calibration.tokens} tokens: about {seconds} and "
+        f"{bytes_text(cost.memory_bytes)} of memory"
+    )

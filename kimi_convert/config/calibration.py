@@ -53,7 +53,7 @@ class CalibrationRecipe:
     """What is measured, on how much text."""
 
     method: InitMethod = InitMethod.SEARCH
-    tokens: int = 65_536  # in all
+    tokens: int = 131_072  # in all
     sequence_length: int = 512
     search_tokens: int = 20_480  # that the search of a mixer looks at
     validation_tokens: int = 8_192  # that fit nothing: they choose layers and are reported

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Recipe:
             _require(not outside, "layers.keep", "layers counted from 0", outside)
         fitted = self.calibration is not None
         _require(fitted or not self.choose_layers, "layers.keep", _NEEDS_TEXT, _AUTO)
-        _require(fitted or self.rope is RopeHandling.DROP, "mla.rope", _NEEDS_TEXT, self.rope)
+        _require(fitted or self.rope == RopeHandling.DROP, "mla.rope", _NEEDS_TEXT, self.rope)
         _require(
             not self.choose_layers or self.keep_layers is None,
             "layers.keep",
@@ -143,6 +143,41 @@ class Recipe:
 def default_recipe() -> Recipe:
     """Return what a conversion does where nothing else is asked for: fitted, layers by measurement."""
     return Recipe(choose_layers=True, calibration=CalibrationRecipe(), rope=RopeHandling.FOLD)
+
+
+def with_layers(recipe: Recipe, text: str) -> Recipe:
+    """Return the recipe with layers as the command line names them: auto, released, or "3,7".
+
+    Raises:
+        RecipeError: the text is none of them, or the choice needs a calibration.
+    """
+    if text in (_AUTO, _RELEASED, "uniform"):
+        return replace(recipe, keep_layers=None, choose_layers=text == _AUTO)
+    fields = [field.strip() for field in text.split(",")]
+    expected = f"{_AUTO}, {_RELEASED}, or layers counted from 0 as 3,7"
+    _require(
+        all(field.isascii() and field.isdigit() for field in fields), "layers.keep", expected, text
+    )
+    listed = sorted({int(field[:9]) for field in fields})
+    return replace(recipe, keep_layers=tuple(listed), choose_layers=False)
+
+
+def with_alignment(recipe: Recipe, steps: int) -> Recipe:
+    """Return the recipe with so many gradient steps on each mixer.
+
+    Raises:
+        RecipeError: the recipe fits nothing to text, or the number is out of range.
+    """
+    fitted = recipe.calibration
+    _require(fitted is not None or steps == 0, "align.steps", "0 without a calibration", steps)
+    if fitted is None:
+        return recipe
+    return replace(recipe, calibration=replace(fitted, align=replace(fitted.align, steps=steps)))
+
+
+def without_text(recipe: Recipe) -> Recipe:
+    """Return the recipe as one that fits nothing: a data-free start in the released pattern."""
+    return replace(recipe, calibration=None, choose_layers=False, rope=RopeHandling.DROP)
 
 
 def load_recipe(path: Path | None) -> Recipe:

@@ -8,7 +8,7 @@ many threads torch has.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from kimi_convert.checkpoints.writer import WrittenFile
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.calibration.report import CalibrationReport
 from kimi_convert.conversion.plan import (
     DEFAULT_MAX_SHARD_BYTES,
     ConversionPlan,
@@ -52,7 +53,8 @@ class ConversionResult:
     output: Path
     plan: ConversionPlan
     files: tuple[WrittenFile, ...]
-    seconds: float
+    seconds: float  # of the writing
+    fit: CalibrationReport | None = None  # what the calibration reports
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `convert --json` prints."""
@@ -62,6 +64,7 @@ class ConversionResult:
             **summary,
             "output": str(self.output),
             "seconds": round(self.seconds, 3),
+            **({} if self.fit is None else {"calibration": self.fit.to_json()}),
             "files": [
                 {"name": file.name, "size": file.nbytes, "sha256": file.sha256}
                 for file in self.files
@@ -73,7 +76,7 @@ class Fit(Protocol):
     """What a calibration gives a conversion."""
 
     @property
-    def report(self) -> Mapping[str, object]:
+    def report(self) -> CalibrationReport:
         """What goes into conversion.json."""
         ...
 
@@ -123,12 +126,14 @@ def convert_checkpoint(
         target.write_json(CONFIG_FILE, config_to_json(plan.target_config))
         target.write_index(plan.shards)
         report = None if fit is None else fit.report
-        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes, report))
+        told = None if report is None else report.to_json()
+        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes, told))
         return ConversionResult(
             output=target.folder,
             plan=plan,
             files=target.files,
             seconds=time.monotonic() - started,
+            fit=report,
         )
 
 

@@ -132,7 +132,7 @@ def test_disk_that_takes_no_more_is_a_resource_error_and_leaves_nothing(source, 
 
     output = tmp_path / "output"
     done = subprocess.run(
-        command("convert", source, output, "--json", "--quiet"),
+        command("convert", source, output, "--no-text", "--json", "--quiet"),
         env=environment(),
         capture_output=True,
         text=True,

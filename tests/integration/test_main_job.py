@@ -33,7 +33,7 @@ def hashes(folder):
 @pytest.fixture(scope="module")
 def conversion(tmp_path_factory):
     output = tmp_path_factory.mktemp("job") / "hybrid"
-    done = run_cli("convert", example_checkpoint(), output, "--json")
+    done = run_cli("convert", example_checkpoint(), output, "--no-text", "--json")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr
     return json.loads(done.stdout), output
@@ -70,13 +70,13 @@ def test_dry_run_is_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_converting_twice_gives_identical_bytes(hybrid, tmp_path):
-    document_of("convert", example_checkpoint(), tmp_path / "again")
+    document_of("convert", example_checkpoint(), tmp_path / "again", "--no-text")
     assert hashes(tmp_path / "again") == hashes(hybrid)
 
 
 def test_smaller_files_hold_the_same_tensors(hybrid, tmp_path):
     again = tmp_path / "sharded"
-    document_of("convert", example_checkpoint(), again, "--max-shard-size", "4MB")
+    document_of("convert", example_checkpoint(), again, "--no-text", "--max-shard-size", "4MB")
     assert len(list(again.glob("*.safetensors"))) > 3
     assert all(path.stat().st_size <= 4_000_000 for path in again.glob("*.safetensors"))
     first, second = (
@@ -163,7 +163,15 @@ def test_interrupt_leaves_nothing_and_exits_130(tmp_path, existed):
     if existed:
         output.mkdir(parents=True)
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, "convert", example_checkpoint(), output],
+        [
+            sys.executable,
+            "-c",
+            SLOW_CONVERSION,
+            "convert",
+            example_checkpoint(),
+            output,
+            "--no-text",
+        ],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -185,7 +193,15 @@ def test_interrupt_leaves_nothing_and_exits_130(tmp_path, existed):
 def test_killed_conversion_does_not_look_like_a_checkpoint_and_can_be_run_again(tmp_path, hybrid):
     output = tmp_path / "hybrid"
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, "convert", example_checkpoint(), output],
+        [
+            sys.executable,
+            "-c",
+            SLOW_CONVERSION,
+            "convert",
+            example_checkpoint(),
+            output,
+            "--no-text",
+        ],
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -193,7 +209,7 @@ def test_killed_conversion_does_not_look_like_a_checkpoint_and_can_be_run_again(
         assert process.stdout.readline() == "stopped\n"
         process.kill()
     assert run_here("inspect", output).returncode == 3
-    document_of("convert", example_checkpoint(), output)
+    document_of("convert", example_checkpoint(), output, "--no-text")
     assert hashes(output) == hashes(hybrid)
 
 

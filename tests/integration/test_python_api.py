@@ -7,13 +7,14 @@ import torch
 
 import kimi_convert
 from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.recipe import Recipe
 from kimi_convert.validation.options import ValidationOptions
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     output = str(tmp_path_factory.mktemp("api") / "hybrid")
-    result = kimi_convert.convert_checkpoint(str(example_checkpoint()), output)
+    result = kimi_convert.convert_checkpoint(str(example_checkpoint()), output, recipe=Recipe())
     assert str(result.output) == output
     return output
 

@@ -92,7 +92,7 @@ def align_mixer(
             torch.nn.utils.clip_grad_norm_(leaves, _CLIP)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             drawn += len(rows) * x.shape[1]
             _check(losses, recipe)
     for name, parameter in student.module.named_parameters():

@@ -17,7 +17,7 @@ import torch
 
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.store import CalibrationStore
-from kimi_convert.conversion.calibration.streams import batches, make_stream
+from kimi_convert.conversion.calibration.streams import batches, copy_stream, make_stream
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.conversion.calibration.study import Study, StudyInput, divergence, future
 from kimi_convert.model.loading import LayerLoader
@@ -68,7 +68,7 @@ def choose_layers(
 ) -> LayerChoice:
     """Run a student for every set, side by side, and take the nearest to the teacher."""
     first = make_stream(study.tokens, teacher.embedding(), spill=store.folder)
-    streams = {kept: first.clone() for kept in sets}
+    streams = {kept: copy_stream(first, spill=store.folder) for kept in sets}
     num_layers = teacher.config.num_layers
     for layer_idx in range(num_layers):
         on_progress(ProgressEvent(_STAGE, layer_idx, num_layers, "layers"))

@@ -83,7 +83,8 @@ def _beta(layer: LayerStatistics, weights: KdaWeights) -> Options:
 
 def _decay(_: LayerStatistics, weights: KdaWeights) -> Options:
     for shortest, longest in ((0.3, 30), (0.3, 3), (3, 1000), (1, 10), (30, 30), (0.2, 1)):
-        rates = spread(*weights.rates.shape, shortest, longest).to(weights.rates.device)
+        heads, channels = weights.rates.shape
+        rates = spread(heads, channels, shortest, longest).to(weights.rates.device)
         yield f"{shortest:g} to {longest:g}", replace(weights, rates=rates)
 
 

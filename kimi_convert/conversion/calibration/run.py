@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from kimi_convert import __version__
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.index import open_index
-from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe
 from kimi_convert.config.huggingface import CONFIG_FILE, read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
@@ -32,6 +29,7 @@ from kimi_convert.conversion.calibration.choice import (
     longest_run,
 )
 from kimi_convert.conversion.calibration.outcome import Outcome
+from kimi_convert.conversion.calibration.report import CalibrationReport, KeptSet, LayerFit
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
     fitted_name,
@@ -50,8 +48,7 @@ class Calibration:
 
     recipe: Recipe  # names the layers that stay
     store: CalibrationStore
-    report: Mapping[str, object]
-    outcome: Outcome
+    report: CalibrationReport
 
     def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
         """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
@@ -87,7 +84,6 @@ def calibrate(
         VerificationError: alignment diverges.
     """
     assert recipe.calibration is not None
-    started = time.monotonic()
     source = Path(source)
     path = bundled_text() if text is None else Path(text)
     config = read_config(source)
@@ -99,19 +95,20 @@ def calibrate(
         study, choice = run.study()
         settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
         outcome = run.solve(settled)
-    return Calibration(
-        recipe=settled,
-        store=store,
-        report={
-            "text": {"name": path.name, "sha256": sha256_of_file(path)},
-            "tokens": rows.inputs.numel(),
-            "layers": _layers_report(config, settled, study, choice, store),
-            "kept_sets": [{"kept": list(kept), "kl": kl} for kept, kl in choice.kl_of.items()],
-            "validation": outcome.to_json(),
-            "seconds": round(time.monotonic() - started, 1),
-        },
-        outcome=outcome,
+    report = CalibrationReport(
+        text_name=path.name,
+        text_sha256=sha256_of_file(path),
+        tokens=rows.inputs.numel(),
+        sequence_length=rows.inputs.shape[1],
+        kept=choice.kept,
+        compared=tuple(
+            KeptSet(kept=kept, kl=kl, longest_run=longest_run(kept, config.num_layers))
+            for kept, kl in choice.kl_of.items()
+        ),
+        layers=tuple(_layer_fit(n, study, store) for n in range(config.num_layers)),
+        validation=outcome,
     )
+    return Calibration(recipe=settled, store=store, report=report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,28 +151,20 @@ class _Run:
         return solve_in_order(self.teacher, given, self.store, self.on_progress)
 
 
-def _layers_report(
-    config: ModelConfig,
-    recipe: Recipe,
-    study: Study,
-    choice: LayerChoice,
-    store: CalibrationStore,
-) -> dict[str, object]:
-    layers = range(config.num_layers)
-    return {
-        "kept": list(choice.kept),
-        "longest_run_of_kda": longest_run(choice.kept, config.num_layers),
-        "each": [
-            {
-                "layer": n,
-                "kl_as_kda": study.kl_as_kda[n],
-                "kl_as_mla": study.kl_as_mla[n],
-                "search": store.record(part_name(n)),
-                "solved": store.record(fitted_name(n)),
-            }
-            for n in layers
-        ],
-    }
+def _layer_fit(layer_idx: int, study: Study, store: CalibrationStore) -> LayerFit:
+    solved = store.record(fitted_name(layer_idx))
+    error = solved["error"]
+    assert isinstance(error, float)
+    return LayerFit(
+        layer_idx=layer_idx,
+        mixer=str(solved["mixer"]),
+        kl_as_kda=study.kl_as_kda[layer_idx],
+        kl_as_mla=study.kl_as_mla[layer_idx],
+        error=error,
+        output=str(solved["output"]),
+        search=store.record(part_name(layer_idx)),
+        solved=solved,
+    )
 
 
 def _digest(source: Path, text: Path, recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from kimi_convert.conversion.calibration.ridge import Moments, gram_of, solve
 _PENALTY = 1e-2
 # Directions of the target that are scored; what is left of it counts as never reached.
 _MOST_TARGETS = 256
+_FOLDS = ((0, 1), (1, 0))  # the half that is solved on, and the one that judges
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -76,20 +77,33 @@ class Scores:
 
     def head_error(self, candidate: Candidate, head: int) -> float:
         """Return the error with one head from a candidate, the other heads' outputs fixed."""
-        explained, block = 0.0, self._block(head)
-        for fit, check in ((0, 1), (1, 0)):
-            others = self._solutions[fit].clone()
-            others[block] = 0
+        block = self._block(head)
+        explained = self._without_head(head)
+        for fit, check in _FOLDS:
+            others = self._others(fit, block)
             residual = [
                 candidate.with_target[half][block] - candidate.with_current[half][block] @ others
                 for half in (fit, check)
             ]
             own = solve(Moments(candidate.own[fit][head], residual[0], 1.0), _PENALTY)
-            sums = self._sums[check]
-            explained += sums.power * (1 - sums.error(others))
             explained += float(2 * (own * residual[1]).sum())
             explained -= float((own * (candidate.own[check][head] @ own)).sum())
         return 1.0 - explained / max(sum(self._power), _TINY)
+
+    def _without_head(self, head: int) -> float:
+        """Return what the other heads explain, as they stand."""
+        if head not in self._left:
+            block = self._block(head)
+            self._left[head] = sum(
+                self._sums[check].power * (1 - self._sums[check].error(self._others(fit, block)))
+                for fit, check in _FOLDS
+            )
+        return self._left[head]
+
+    def _others(self, fit: int, block: slice) -> torch.Tensor:
+        others = self._solutions[fit].clone()
+        others[block] = 0
+        return others
 
     def try_head(self, candidate: Candidate, head: int, *, least_gain: float) -> bool:
         """Take one head from a candidate if the whole mixer's error falls by at least so much."""
@@ -117,6 +131,7 @@ class Scores:
         self.z = z
         self._sums, self._solutions = _solved(sums)
         self.error = self._error(self._sums, self._solutions)
+        self._left: dict[int, float] = {}
 
     def _moments(self, z: torch.Tensor) -> list[Moments]:
         return [

@@ -20,6 +20,9 @@ from kimi_convert.conversion.calibration.statistics import LayerStatistics
 
 _LEAST_GAIN = 3e-4  # of the relative error, for a change to be worth it
 _TRIES = 2  # options that a head may try in one move
+# A head is first scored with the others' outputs as they are, which a joint solve can better by
+# about so much of the relative error; what looks worse than that is not worth the solve.
+_SLACK = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +107,9 @@ class _Search:
             tried.append((label, weights, candidate))
         left = dict.fromkeys(range(self.heads), _TRIES)
         weights = self.weights
-        for _, head, option in sorted(ranked):
-            if not left[head]:
+        worth_trying = self.scores.error + _SLACK
+        for error, head, option in sorted(ranked):
+            if not left[head] or error > worth_trying:
                 continue
             left[head] -= 1
             label, offered, candidate = tried[option]

@@ -17,7 +17,7 @@ from kimi_convert.model.block import DecoderLayer
 
 _ROWS = 8  # sequences in one call
 _GROUPS = 10
-_IN_MEMORY_BYTES = 2 * 1024**3
+IN_MEMORY_BYTES = 2 * 1024**3
 
 
 def make_stream(
@@ -38,12 +38,26 @@ def make_stream(
     nbytes = 4 * tokens.numel() * first.shape[-1]
     stream = (
         torch.empty(shape, device=first.device)
-        if spill is None or nbytes <= _IN_MEMORY_BYTES
+        if spill is None or nbytes <= IN_MEMORY_BYTES
         else _in_file(spill, shape)
     )
     for rows in batches(len(tokens)):
         stream[rows] = embed(tokens[rows]).float().to(stream.device)
     return stream
+
+
+def copy_stream(stream: torch.Tensor, *, spill: Path) -> torch.Tensor:
+    """Return a copy that can be changed, in memory or in a file as `make_stream`'s.
+
+    Raises:
+        ResourceError: the file cannot be made.
+    """
+    if 4 * stream.numel() <= IN_MEMORY_BYTES:
+        return stream.clone()
+    copied = _in_file(spill, tuple(stream.shape))
+    for rows in batches(len(stream)):
+        copied[rows] = stream[rows]
+    return copied
 
 
 def batches(num_rows: int) -> Iterator[slice]:

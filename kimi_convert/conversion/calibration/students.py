@@ -28,7 +28,11 @@ class Student(Protocol):
     """A mixer without its output matrix."""
 
     prefix: str  # of its parameters: "kda." or "mla."
-    module: nn.Module  # x [N, T, D] to features
+
+    @property
+    def module(self) -> nn.Module:
+        """What turns x [N, T, D] into features."""
+        ...
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round a parameter to what its file will hold."""
@@ -97,7 +101,7 @@ class MlaStudent:
         self.module.o = nn.Identity()  # type: ignore[assignment]
         self._stored = _stored_dtype(config)
         self._query = "q" if teacher.sizes.q_lora_rank is None else "q_b"
-        weights = dict(teacher.named_parameters())
+        weights: dict[str, torch.Tensor] = dict(teacher.named_parameters())
         query = weights[f"{self._query}.weight"]
         weights[f"{self._query}.weight"] = _fold_or_drop(query, lags, teacher)
         for name, parameter in self.module.named_parameters():

@@ -18,7 +18,12 @@ from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.starts import Start
 from kimi_convert.conversion.calibration.statistics import LayerStatistics, layer_statistics
 from kimi_convert.conversion.calibration.store import CalibrationStore
-from kimi_convert.conversion.calibration.streams import batches, groups, make_stream
+from kimi_convert.conversion.calibration.streams import (
+    batches,
+    copy_stream,
+    groups,
+    make_stream,
+)
 from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
@@ -69,7 +74,7 @@ def study_layers(
         for stream in variants.values():
             _through(layer, stream)
         for kind, student, matrix in _futures(layer, layer_idx, given, store):
-            changed = check.clone()
+            changed = copy_stream(check, spill=store.folder)
             for rows in batches(len(changed)):
                 x = layer.input_norm(changed[rows])
                 after = changed[rows] + student.features(x) @ matrix

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from kimi_convert.checkpoints import output as output_module
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion import convert_checkpoint, engine, plan_conversion
+from kimi_convert.conversion import engine, plan_conversion
+from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.rules import Op
 from kimi_convert.errors import CheckpointError, OutputError, ResourceError
 from tests.integration.broken import change_tensors
@@ -170,7 +171,7 @@ def test_number_of_threads_does_not_change_a_byte(sensitive, tmp_path):
 
 
 def test_number_of_threads_in_the_environment_does_not_change_a_byte(sensitive, tmp_path):
-    code = "import sys; from kimi_convert import convert_checkpoint as c; c(*sys.argv[1:])"
+    code = "import sys; from kimi_convert.conversion.engine import convert_checkpoint as c; c(*sys.argv[1:])"
     for threads in ("1", "4"):
         subprocess.run(
             [sys.executable, "-c", code, str(sensitive), str(tmp_path / threads)],

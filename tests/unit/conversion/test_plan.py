@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion import convert_checkpoint
+from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.plan import plan_conversion
 from kimi_convert.conversion.rules import Op
 from kimi_convert.errors import CheckpointError
@@ -236,4 +236,4 @@ def test_each_tensor_is_made_within_its_planned_bytes_and_then_freed(dtype, q_lo
             assert peaks[following] <= max(planned, SMALL), task
             shares.append(peaks[following] / planned)
     # Nor is it a bound that anything would keep. What is mapped from the source is not seen here.
-    assert min(shares) > 0.3
+    assert min(shares) > 0.25

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import kimi_convert
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion import convert_checkpoint
+from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.provenance import CONVERSION_FILE, carried_files
 from tests.integration.broken import change_tensors
 from tests.tiny import tiny_config, write_tiny_checkpoint

@@ -1,0 +1,87 @@
+"""How the report of a calibration reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kimi_convert.commands._numbers import layers_text
+from kimi_convert.commands._report import Facts, Report, Sentence, Table
+
+if TYPE_CHECKING:
+    from kimi_convert.conversion.calibration.report import CalibrationReport
+
+_SHOWN_SETS = 4
+
+
+def fit_report(fit: CalibrationReport) -> Report:
+    """Return what a calibration found, and what it chose by."""
+    return (_validation(fit), _layers(fit), *_kept(fit), *_warnings(fit))
+
+
+def _validation(fit: CalibrationReport) -> Facts:
+    outcome = fit.validation
+    return Facts(
+        f"On {outcome.tokens} tokens of {fit.text_name} that fitted nothing",
+        (
+            ("loss of the teacher", f"{outcome.teacher_loss:.4f} nats per token"),
+            ("loss of the hybrid", f"{outcome.student_loss:.4f}"),
+            ("KL to the teacher", f"{outcome.kl:.4f}"),
+            ("top-1 agreement", f"{outcome.top1_agreement:.1%}"),
+        ),
+    )
+
+
+def _layers(fit: CalibrationReport) -> Table:
+    rows = tuple(
+        (
+            str(layer.layer_idx),
+            layer.mixer.upper(),
+            f"{layer.kl_as_kda:.4f}",
+            f"{layer.kl_as_mla:.4f}",
+            f"{layer.error:.3f}",
+        )
+        for layer in fit.layers
+    )
+    return Table(
+        "Layers, counted from 0: what each alone would cost in KL, and its error as it is now",
+        ("layer", "mixer", "as KDA", "as MLA", "error"),
+        rows,
+        right=("layer", "as KDA", "as MLA", "error"),
+    )
+
+
+def _kept(fit: CalibrationReport) -> Report:
+    """Show the released pattern and the best of the others."""
+    if len(fit.compared) < 2:
+        return ()
+    released, *others = fit.compared
+    best = sorted(others, key=lambda one: one.kl)[: _SHOWN_SETS - 1]
+    rows = tuple(
+        (
+            layers_text(one.kept) + (", released pattern" if one is released else ""),
+            f"{one.kl:.4f}",
+            str(one.longest_run),
+            "kept" if one.kept == fit.kept else "",
+        )
+        for one in sorted((released, *best), key=lambda one: one.kl)
+    )
+    return (
+        Table(
+            "Layers that could stay MLA, by the KL of a first student",
+            ("layers", "KL", "KDA in a row", ""),
+            rows,
+            right=("KL", "KDA in a row"),
+        ),
+    )
+
+
+def _warnings(fit: CalibrationReport) -> Report:
+    fallen = [layer for layer in fit.layers if layer.output != "solved"]
+    return tuple(
+        Sentence(
+            f"Layer {layer.layer_idx}: the solved output did harm on validation tokens; "
+            f"{layer.output} instead.",
+            warns=True,
+        )
+        for layer in fallen
+    )

@@ -1,0 +1,118 @@
+"""What a calibration will take, told before it starts: arithmetic, then memory, then time.
+
+An estimate: products are counted from the config, and how fast this machine multiplies is measured
+with one matrix. The share of that speed which whole runs reach was measured on the example.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kimi_convert.checkpoints.mapping import Entry
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.calibration import CalibrationRecipe, InitMethod
+from kimi_convert.conversion.calibration.moves import MOVES
+from kimi_convert.conversion.calibration.streams import IN_MEMORY_BYTES
+from kimi_convert.model.names.layout import expected_entries
+
+# moonlet-7m, 2 cores of an AMD EPYC (Zen 5): 9 TFLOP as counted here took 160 s, at 210 GFLOP/s in
+# large products.
+_REACHED = 0.27
+_OPTIONS_PER_MOVE = 4.2
+_SETS = 11  # of kept layers that are compared
+_CHUNK = 64
+_SEARCH_TENSORS = 22  # of the size of one mixer's features, at once
+_SIDE = 1024
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationCost:
+    """An estimate."""
+
+    flops: float
+    memory_bytes: int
+    disk_bytes: int  # of streams that do not stay in memory
+
+    def seconds(self, device: torch.device | str = "cpu") -> float:
+        """Return the estimated time on a device, by a product that is timed now."""
+        return self.flops / (_REACHED * _flops_per_second(torch.device(device)))
+
+
+def calibration_cost(config: ModelConfig, recipe: CalibrationRecipe) -> CalibrationCost:
+    """Estimate from the teacher's config alone."""
+    entries = list(expected_entries(config))
+    layers, width = config.num_layers, config.hidden_size
+    tokens, checked = recipe.tokens, recipe.validation_tokens
+    searched = recipe.search_tokens
+    # In tokens through one layer: both passes of both models, every layer's two futures, the sets.
+    passed = layers * (searched + checked * (3 + layers + _SETS) + 2 * tokens)
+    active = sum(_active(entries, config)) / layers
+    per_pass, passes = _search_flops(config), len(MOVES) * _OPTIONS_PER_MOVE
+    searches = passes if recipe.method is InitMethod.SEARCH else 1.0
+    aligned = 3 * recipe.align.steps * recipe.align.tokens_per_step
+    flops = 2 * active * passed + layers * (searches * searched + aligned) * per_pass
+    streams = [_FP32 * width * size for size in (tokens, tokens, searched)]
+    futures = _FP32 * width * checked * (2 * layers + 1)
+    resident = [size for size in streams if size <= IN_MEMORY_BYTES]
+    features = _FP32 * config.mla.num_heads * config.mla.v_head_dim * searched
+    largest = max(_layer_bytes(entries).values())
+    return CalibrationCost(
+        flops=flops,
+        memory_bytes=int(largest + sum(resident) + futures + _SEARCH_TENSORS * features),
+        disk_bytes=int(sum(streams) - sum(resident)),
+    )
+
+
+def _search_flops(config: ModelConfig) -> float:
+    """Return the products of one token in one pass of a search."""
+    heads, key, value = (
+        config.mla.num_heads,
+        config.mla.qk_nope_head_dim,
+        config.mla.v_head_dim,
+    )
+    features = heads * value
+    projections = 2.4 * config.hidden_size * features
+    recurrence = 2 * heads * (_CHUNK * (4 * key + 2 * value) + 3 * key * value)
+    sums = 2 * features * (features + min(config.hidden_size, 256) + value)
+    return projections + recurrence + sums
+
+
+def _active(entries: list[Entry], config: ModelConfig) -> Iterator[float]:
+    """Yield the parameters that a token meets, layer by layer."""
+    moe = config.moe
+    share = moe.num_experts_per_token / moe.num_experts if moe else 1.0
+    for entry in entries:
+        if entry.layer_idx is not None:
+            routed = ".experts." in entry.template
+            yield _size(entry) * (share if routed else 1.0)
+
+
+def _layer_bytes(entries: list[Entry]) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for entry in entries:
+        if entry.layer_idx is not None:
+            sizes[entry.layer_idx] = sizes.get(entry.layer_idx, 0) + _FP32 * _size(entry)
+    return sizes
+
+
+def _size(entry: Entry) -> int:
+    size = 1
+    for extent in entry.shape:
+        size *= extent
+    return size
+
+
+def _flops_per_second(device: torch.device) -> float:
+    matrix = torch.ones(_SIDE, _SIDE, device=device)
+    (matrix @ matrix).sum().item()
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * _SIDE**3 / best

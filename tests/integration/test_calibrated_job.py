@@ -1,0 +1,130 @@
+"""A conversion that is fitted to text, through the command line, on the example checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
+from tests.integration.command_line import run_here
+
+RECIPE = """\
+[calibration]
+tokens = 6144
+sequence_length = 128
+search_tokens = 2048
+validation_tokens = 1024
+"""
+MEASURED = ("--text", str(heldout_text()), "--sequence-length", "128", "--max-tokens", "3072")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "small.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, recipe):
+    output = tmp_path_factory.mktemp("job") / "hybrid"
+    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe)
+    assert done.returncode == 0, done.stderr
+    return done, output
+
+
+def quality_of(output):
+    done = run_here(
+        "validate", output, "--teacher", example_checkpoint(), *MEASURED, "--json", "--quiet"
+    )
+    assert done.returncode == 0, done.stdout
+    return json.loads(done.stdout)["quality"]
+
+
+def test_cost_is_told_before_and_the_fit_after(converted):
+    done, _ = converted
+    assert done.stderr.startswith("fitting to 6144 tokens: about ")
+    for words in ("that fitted nothing", "as KDA", "released pattern", "KL to the teacher"):
+        assert words in done.stdout
+
+
+def test_fitted_hybrid_is_nearer_to_its_teacher_than_a_copied_one(converted, tmp_path):
+    done = run_here("convert", example_checkpoint(), tmp_path / "copy", "--no-text")
+    assert done.returncode == 0
+    fitted, copied = (quality_of(folder) for folder in (converted[1], tmp_path / "copy"))
+    assert fitted["student"]["overall"]["kl"] < copied["student"]["overall"]["kl"] / 2
+
+
+def test_fit_stands_in_the_provenance(converted):
+    document = json.loads((converted[1] / "conversion.json").read_text())
+    fit = document["calibration"]
+    assert fit["tokens"] == 6144
+    assert fit["kept"] == document["layers"]["mla"]
+    assert [layer["layer"] for layer in fit["layers"]] == list(range(8))
+    assert document["recipe"]["calibration"]["tokens"] == 6144
+    assert document["recipe"]["keep_layers"] == fit["kept"]
+
+
+def test_nothing_is_left_beside_the_output(converted):
+    output = converted[1]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_layers_and_steps_may_be_named(recipe, tmp_path):
+    output = tmp_path / "hybrid"
+    options = ("--layers", "2,6", "--align", "2")
+    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe, *options)
+    assert done.returncode == 0, done.stderr
+    fit = json.loads((output / "conversion.json").read_text())["calibration"]
+    assert fit["kept"] == [2, 6]
+    assert all("align_losses" in layer["solved"] for layer in fit["layers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--layers", "some"), "layers.keep"),
+        (("--layers", "9"), "layers from 0 to 7"),
+        (("--no-text", "--align", "5"), "align.steps"),
+        (("--no-text", "--layers", "auto"), "layers.keep"),
+        (("--device", "quantum"), "device"),
+        (("--calibration", "nowhere.jsonl"), "no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_options_say_what_is_wrong_and_leave_nothing(options, words, recipe, tmp_path):
+    output = tmp_path / "hybrid"
+    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe, *options)
+    assert done.returncode in (2, 3)
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("The history of the eye. " * 100)
+    done = run_here(
+        "convert",
+        example_checkpoint(),
+        tmp_path / "hybrid",
+        "--recipe",
+        recipe,
+        "--calibration",
+        text,
+    )
+    assert done.returncode == 3
+    assert "6144 tokens" in done.stderr
+
+
+def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
+    output = tmp_path / "hybrid"
+    work = tmp_path / "hybrid.calibration"
+    work.mkdir()
+    (work / "calibration.json").write_text('{"digest": "another"}')
+    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe)
+    assert done.returncode == 3
+    assert "another conversion" in done.stderr
+    assert not output.exists()
+    shutil.rmtree(work)
