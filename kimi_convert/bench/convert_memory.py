@@ -109,7 +109,8 @@ def measure_conversion(folder: Path, document: Mapping[str, object]) -> ConvertM
     source, output = folder / "source", folder / "output"
     write_sparse_checkpoint(source, document)
     plan = plan_conversion(source, max_shard_bytes=_SHARD_BYTES)
-    command = (sys.executable, "-m", "kimi_convert", "convert", str(source), str(output), "--json")
+    arguments = ("convert", str(source), str(output), "--no-text", "--json")
+    command = (sys.executable, "-m", "kimi_convert", *arguments)
     result_path = folder / "result.json"
     with result_path.open("wb") as result_file:
         process = subprocess.Popen(command, stdout=result_file)  # noqa: S603  (our own program)

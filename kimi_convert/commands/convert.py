@@ -124,10 +124,11 @@ def _cost_text(source: Path, recipe: Recipe, device: str) -> str:
     """Say what the calibration will take, before it starts."""
     from kimi_convert.config.huggingface import read_config
     from kimi_convert.conversion.calibration.cost import calibration_cost
+    from kimi_convert.conversion.calibration.run import usable_device
 
     assert recipe.calibration is not None
     cost = calibration_cost(read_config(source), recipe.calibration)
-    seconds = seconds_text(max(10.0, cost.seconds(device)))
+    seconds = seconds_text(max(10.0, cost.seconds(usable_device(device))))
     return (
         f"fitting to {recipe.calibration.tokens} tokens: about {seconds} and "
         f"{bytes_text(cost.memory_bytes)} of memory"

@@ -16,7 +16,7 @@ import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion import convert_checkpoint
+from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.numerics import TRANSFORMERS
 from tests.integration.broken import change_tensors

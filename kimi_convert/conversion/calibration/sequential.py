@@ -27,6 +27,7 @@ from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import advance, batches, groups, make_stream
 from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
 from kimi_convert.conversion.calibration.study import part_name
+from kimi_convert.errors import VerificationError
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
 
@@ -97,15 +98,10 @@ class _Solver:
         rows = len(stream) - self.given.text.validation_rows
         x = torch.cat([self.layer.input_norm(stream[part]) for part in batches(len(stream))])
         aim = guide + mixed - stream
-        aligned: Mapping[str, object] = {}
         forced = self._forced(searched, student)
-        if self.given.align.steps:
-            aligned = align_mixer(
-                student, forced, x[:rows], aim[:rows], self.given.align, seed=self.given.seed
-            )
+        aligned = self._align(student, forced, x[:rows], aim[:rows])
         z = student.features(x)
-        parts = [moments(z[part], aim[part]) for part in groups(rows)]
-        fitted = fit_ridge(parts)
+        fitted = fit_ridge([moments(z[part], aim[part]) for part in groups(rows)])
         judged = moments(z[rows:], aim[rows:])
         stored = getattr(torch, self.given.config.dtype)
         options = {
@@ -127,6 +123,18 @@ class _Solver:
                 **aligned,
             },
         )
+
+    def _align(
+        self, student: Student, forced: torch.Tensor, x: torch.Tensor, aim: torch.Tensor
+    ) -> Mapping[str, object]:
+        recipe = self.given.align
+        if not recipe.steps:
+            return {}
+        try:
+            return align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
+        except VerificationError as error:
+            error.where = f"layer {self.layer_idx}"
+            raise
 
     def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
         if student.prefix == "kda.":

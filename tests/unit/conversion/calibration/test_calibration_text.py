@@ -1,0 +1,94 @@
+"""Text for a calibration: order, amount, and what cannot be used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.conversion.calibration.calibration_text import calibration_text
+from kimi_convert.errors import CalibrationError, InputError
+
+RECIPE = CalibrationRecipe(tokens=640, sequence_length=32, search_tokens=128, validation_tokens=64)
+
+
+def read(path, seed=0):
+    source = example_checkpoint()
+    return calibration_text(path, source, read_config(source), RECIPE, seed=seed)
+
+
+def write(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture
+def many(tmp_path):
+    documents = [
+        {"text": f"Chapter {n}. " + "The history of the eye is long. " * 3} for n in range(80)
+    ]
+    return write(tmp_path / "many.jsonl", documents)
+
+
+def test_rows_are_as_the_recipe_says(many):
+    found = read(many)
+    assert found.tokens.shape == (20, 33)
+    assert found.inputs.shape == (20, 32)
+    assert found.validation_rows == 2
+
+
+def test_order_belongs_to_the_seed(many):
+    assert torch.equal(read(many).tokens, read(many).tokens)
+    assert not torch.equal(read(many, seed=1).tokens, read(many).tokens)
+
+
+def test_kinds_of_text_are_mixed(tmp_path):
+    documents = [{"kind": kind, "text": f"{kind} " * 40} for kind in ("a", "b") for _ in range(40)]
+    assert read(write(tmp_path / "kinds.jsonl", documents)).tokens.shape == (20, 33)
+
+
+def test_token_ids_need_no_words(tmp_path):
+    documents = [{"ids": [2000 + n % 7] * 50} for n in range(40)]
+    found = read(write(tmp_path / "ids.jsonl", documents))
+    assert set(found.tokens.unique().tolist()) <= {1, *range(2000, 2007)}
+
+
+def test_too_little_text_says_how_much_there_is_and_is_needed(tmp_path):
+    path = write(tmp_path / "short.jsonl", [{"ids": [7] * 200}])
+    with pytest.raises(CalibrationError, match="too little") as caught:
+        read(path)
+    assert "640" in caught.value.expected
+    assert "192" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00 not text", "UTF-8|JSON"),
+        (b"{broken\n", "not valid JSON"),
+        (b"", "no documents"),
+        (b'{"ids": [99999999]}\n', "out of range"),
+    ],
+    ids=["not-utf-8", "not-json", "empty", "id-out-of-range"],
+)
+def test_file_that_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read(path)
+    assert "bad.jsonl" in str(caught.value)
+
+
+def test_text_in_a_script_that_the_tokenizer_does_not_know_is_refused(tmp_path):
+    path = write(tmp_path / "script.jsonl", [{"text": "ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ " * 400}])
+    with pytest.raises(CalibrationError, match="does not know the words"):
+        read(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read(tmp_path / "nothing.jsonl")

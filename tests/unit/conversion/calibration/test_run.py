@@ -1,0 +1,234 @@
+"""Whole calibrations of small random models: resumed, refused, stored, judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.calibration import AlignRecipe, CalibrationRecipe, InitMethod
+from kimi_convert.config.recipe import Recipe, RopeHandling
+from kimi_convert.conversion.calibration import align, moves, run, search, sequential
+from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
+from kimi_convert.errors import OutputError, UsageError, VerificationError
+from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
+from tests.tiny import tiny_config, write_tiny_checkpoint
+
+LENGTH = 24
+FITTED = {
+    "tokens": 30 * LENGTH,
+    "sequence_length": LENGTH,
+    "search_tokens": 8 * LENGTH,
+    "validation_tokens": 4 * LENGTH,
+}
+
+
+@pytest.fixture(autouse=True)
+def two_moves(monkeypatch):
+    """The search of every layer is tested apart."""
+    kept = tuple(move for move in moves.MOVES if move.name in ("decay", "beta"))[:2]
+    monkeypatch.setattr(
+        search.search_mixer,
+        "__kwdefaults__",
+        {**search.search_mixer.__kwdefaults__, "moves": kept},
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    order = random.Random(4)
+    path = tmp_path / "ids.jsonl"
+    lines = (json.dumps({"ids": [order.randrange(3, 96) for _ in range(40)]}) for _ in range(40))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def source_of(tmp_path, kind="deepseek_v3", **fields):
+    folder = write_tiny_checkpoint(tmp_path / "teacher", tiny_config(kind, **fields))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (example_checkpoint() / name).is_file():
+            shutil.copy(example_checkpoint() / name, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tokenizer_of_any_size(monkeypatch):
+    """The ids are the text: a tokenizer is asked for the bytes of a token alone."""
+
+    class Ids:
+        vocab_size = 96
+
+        def token_bytes(self, token_id):
+            return b"abc"
+
+    module = "kimi_convert.conversion.calibration.calibration_text.load_tokenizer"
+    monkeypatch.setattr(module, lambda folder: Ids())
+    monkeypatch.setattr("kimi_convert.conversion.provenance.tokenizer_files", lambda folder: ())
+
+
+def recipe_of(method=InitMethod.SEARCH, steps=0, rate=2e-3, **fields):
+    calibration = CalibrationRecipe(
+        **FITTED, method=method, align=AlignRecipe(steps=steps, learning_rate=rate)
+    )
+    return Recipe(calibration=calibration, choose_layers=True, rope=RopeHandling.FOLD, **fields)
+
+
+def convert(source, output, text, **options):
+    return convert_checkpoint(source, output, text=text, **{"recipe": recipe_of(), **options})
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"q_lora_rank": 20},
+        {"first_k_dense_replace": 4},
+        {"dtype": "bfloat16"},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["moe", "low-rank-q", "dense", "bf16", "tied"],
+)
+def test_fitted_checkpoint_is_whole_and_computes_the_same_in_every_form(tmp_path, text, fields):
+    source = source_of(tmp_path, **fields)
+    result = convert(source, tmp_path / "hybrid", text)
+    checks = frozenset({Check.VALUES, Check.HASHES, Check.CONSISTENCY})
+    report = validate_checkpoint(
+        result.output, options=ValidationOptions(checks=checks, consistency_tokens=32)
+    )
+    assert report.findings == ()
+    assert report.passed
+    assert result.fit is not None
+    assert result.plan.target_config.mla_layers == result.fit.kept
+    assert not (tmp_path / f"hybrid{WORK_SUFFIX}").exists()
+
+
+def test_report_has_every_layer_and_both_costs(tmp_path, text):
+    result = convert(source_of(tmp_path), tmp_path / "hybrid", text)
+    document = json.loads((result.output / "conversion.json").read_text())["calibration"]
+    assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2, 3]
+    for layer in document["layers"]:
+        assert layer["kl_as_kda"] > 0
+        assert layer["kl_as_mla"] > 0
+    assert document["compared"][0]["kept"] == [3]
+    best = min(document["compared"], key=lambda one: one["kl"])
+    assert document["kept"] == best["kept"]
+    assert document["validation"]["tokens"] == 4 * LENGTH
+
+
+@pytest.mark.parametrize(
+    "stage", ["fitting mixers", "choosing layers", "solving outputs", "converting"]
+)
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path, text, stage, late):
+    source = source_of(tmp_path)
+    convert(source, tmp_path / "whole", text)
+
+    def interrupt(event):
+        if event.stage == stage and event.done >= (event.total // 2 if late else 0):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "again", text, on_progress=interrupt)
+    assert not (tmp_path / "again").exists()
+    work = tmp_path / f"again{WORK_SUFFIX}"
+    finished = {path.name: path.stat().st_mtime_ns for path in work.glob("search-*")}
+    seen = []
+    convert(source, tmp_path / "again", text, on_progress=seen.append)
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "whole")
+    if stage != "fitting mixers":
+        assert len(finished) == 4
+
+
+def test_finished_layers_are_not_searched_again(tmp_path, text, monkeypatch):
+    source = source_of(tmp_path)
+
+    def interrupt(event):
+        if event.stage == "choosing layers":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "again", text, on_progress=interrupt)
+
+    def refuse(*_, **__):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("kimi_convert.conversion.calibration.starts.search_mixer", refuse)
+    convert(source, tmp_path / "again", text)
+
+
+def test_another_recipe_does_not_go_on_with_these_layers(tmp_path, text):
+    source = source_of(tmp_path)
+
+    def interrupt(event):
+        if event.stage == "solving outputs":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", text, on_progress=interrupt)
+    with pytest.raises(OutputError, match="another conversion"):
+        convert(source, tmp_path / "out", text, recipe=recipe_of(seed=1))
+
+
+def test_two_runs_give_the_same_bytes(tmp_path, text):
+    source = source_of(tmp_path)
+    convert(source, tmp_path / "one", text)
+    convert(source, tmp_path / "two", text)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", [InitMethod.NAIVE, InitMethod.KIL, InitMethod.RANDOM])
+def test_other_starts_go_the_same_way(tmp_path, text, method):
+    result = convert(source_of(tmp_path), tmp_path / "out", text, recipe=recipe_of(method))
+    assert result.fit is not None
+    assert {layer.search["method"] for layer in result.fit.layers} == {str(method)}
+
+
+def test_alignment_lowers_the_loss_of_every_layer(tmp_path, text):
+    recipe = recipe_of(steps=30)
+    result = convert(source_of(tmp_path), tmp_path / "out", text, recipe=recipe)
+    assert result.fit is not None
+    for layer in result.fit.layers:
+        first, last = layer.solved["align_losses"]
+        assert last < first
+        assert layer.solved["align_tokens"] == 30 * 26 * LENGTH
+
+
+def test_alignment_that_diverges_is_exit_6_and_keeps_what_is_finished(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(align, "_DIVERGED", 0.0)
+    with pytest.raises(VerificationError, match="diverges") as caught:
+        convert(source_of(tmp_path), tmp_path / "out", text, recipe=recipe_of(steps=3))
+    assert "layer 0" in caught.value.where
+    assert len(list((tmp_path / f"out{WORK_SUFFIX}").glob("search-*"))) == 4
+
+
+def test_solve_that_does_harm_is_replaced_and_said(tmp_path, text, monkeypatch):
+    real = sequential.fit_ridge
+
+    def harmful(parts):
+        fitted = real(parts)
+        return type(fitted)(-5 * fitted.solution, fitted.penalty, fitted.error)
+
+    monkeypatch.setattr(sequential, "fit_ridge", harmful)
+    result = convert(source_of(tmp_path), tmp_path / "out", text)
+    assert result.fit is not None
+    assert {layer.output for layer in result.fit.layers} <= {"teacher-forced", "switched off"}
+
+
+def test_device_that_is_not_there_is_wrong_usage():
+    with pytest.raises(UsageError, match="no such device"):
+        run.usable_device("quantum")
+
+
+def test_gradients_are_as_they_were_after_a_calibration(tmp_path, text):
+    assert torch.is_grad_enabled()
+    convert(source_of(tmp_path), tmp_path / "out", text)
+    assert torch.is_grad_enabled()
