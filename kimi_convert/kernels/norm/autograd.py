@@ -37,8 +37,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (once_differentiable)
         ctx: Any,  # noqa: ANN401  (autograd's)
         d_y: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        return (*norm_backward(*ctx.saved_tensors, d_y, ctx.norm), None)
+        x, weight, gate = ctx.saved_tensors
+        return (*norm_backward(x, weight, gate, d_y, ctx.norm), None)

@@ -12,6 +12,8 @@ there is none,
 A program holds whole rows. What the forward pass knows is computed again: x is read anyway.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels ask `is not None` of their arguments twice; both are settled when they are compiled.
 from __future__ import annotations
 
 from typing import NamedTuple
