@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from kimi_convert.validation.report import Scores
 
 # A quarter of the default text: a demo is not to take minutes.
-_RECIPE = """\
+RECIPE = """\
 [calibration]
 tokens = 32768
 search_tokens = 8192
 validation_tokens = 4096
 """
-_KIL_RECIPE = f"""\
+KIL_RECIPE = f"""\
 [init]
 method = "kil"  # copied projections, one constant decay
 [layers]
 keep = "released"
-{_RECIPE}"""
+{RECIPE}"""
 _SEQUENCE_LENGTH = 512
 _TOKENS_PER_KIND = 4096
 _EXPORT_SHARD_SIZE = "8MB"
@@ -128,13 +128,13 @@ class _Demo:
         return plan
 
     def convert(self) -> ConversionResult:
-        result = self._convert("hybrid", _RECIPE)
+        result = self._convert("hybrid", RECIPE)
         self._show(conversion_report(result))
         return result
 
     def baselines(self) -> Mapping[str, Scores]:
         """Convert the other ways, and score them on the same text."""
-        others = {"copied, KIL's decay": ("kil", _KIL_RECIPE), "copied, no text": ("copy", None)}
+        others = {"copied, KIL's decay": ("kil", KIL_RECIPE), "copied, no text": ("copy", None)}
         found: dict[str, Scores] = {}
         for label, (name, recipe) in others.items():
             self._convert(name, recipe)

@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
+from kimi_convert.conversion.calibration.moves import MOVES
+from kimi_convert.conversion.calibration.search import search_mixer
 from tests.integration.command_line import run_here
 
 RECIPE = """\
@@ -18,6 +20,17 @@ search_tokens = 2048
 validation_tokens = 1024
 """
 MEASURED = ("--text", str(heldout_text()), "--sequence-length", "128", "--max-tokens", "3072")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_moves():
+    """A search of four moves: the rest of the table has tests of its own."""
+    wanted = ("basis", "beta", "decay", "value taps")
+    few = tuple(move for move in MOVES if move.name in wanted)[: len(wanted)]
+    with pytest.MonkeyPatch.context() as patch:
+        defaults = {**search_mixer.__kwdefaults__, "moves": few}
+        patch.setattr(search_mixer, "__kwdefaults__", defaults)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +87,10 @@ def test_nothing_is_left_beside_the_output(converted):
 
 def test_layers_and_steps_may_be_named(recipe, tmp_path):
     output = tmp_path / "hybrid"
+    naive = tmp_path / "naive.toml"
+    naive.write_text(f'[init]\nmethod = "naive"\n{recipe.read_text()}')
     options = ("--layers", "2,6", "--align", "2")
-    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe, *options)
+    done = run_here("convert", example_checkpoint(), output, "--recipe", naive, *options)
     assert done.returncode == 0, done.stderr
     fit = json.loads((output / "conversion.json").read_text())["calibration"]
     assert fit["kept"] == [2, 6]

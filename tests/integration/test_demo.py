@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
 from kimi_convert.commands import _demo_steps
 from tests.integration.command_line import run_here
+
+SMALL = """\
+[init]
+method = "{}"  # the search has a test of its own
+[calibration]
+tokens = 2048
+sequence_length = 64
+search_tokens = 512
+validation_tokens = 256
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,6 +26,8 @@ def few_tokens():
     """Measure on an eighth of the text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_demo_steps, "_TOKENS_PER_KIND", 512)
+        patch.setattr(_demo_steps, "RECIPE", SMALL.format("naive"))
+        patch.setattr(_demo_steps, "KIL_RECIPE", SMALL.format("kil"))
         yield
 
 
@@ -37,30 +50,35 @@ def test_demo_shows_every_command_and_what_was_measured(shown):
         "plan",
         "convert",
         "validate",
+        "convert",
+        "validate",
+        "convert",
+        "validate",
         "export",
         "generate",
         "generate",
     ]
     measured = shown.stdout.partition("What was measured")[2]
-    for word in ("teacher", "this checkpoint", "switched off", "KL to teacher", "decode", "Files"):
+    words = ("teacher", "this checkpoint", "KIL", "no text", "switched off", "decode", "Files")
+    for word in words:
         assert word in measured
     assert "\x1b" not in shown.stdout + shown.stderr
 
 
-def test_demo_says_what_a_start_without_data_is_worth(shown):
+def test_demo_says_what_the_start_is_worth(shown):
     assert "The converted mixers " in shown.stdout
-    assert "a start for training" in shown.stdout
+    assert "No gradient was taken" in shown.stdout
 
 
 def test_demo_shows_a_validate_command_that_gives_its_numbers(shown, folder):
-    (line,) = [line for line in shown.stdout.splitlines() if "kimi-convert validate" in line]
-    again = run_here(*line.split()[2:])
+    lines = [line for line in shown.stdout.splitlines() if "kimi-convert validate" in line]
+    again = run_here(*shlex.split(lines[0])[2:])
     row = next(line for line in again.stdout.splitlines() if "this checkpoint" in line)
     assert row in shown.stdout
 
 
-def test_demo_leaves_two_checkpoints(shown, folder):
-    for name in ("hybrid", "exported"):
+def test_demo_leaves_its_checkpoints(shown, folder):
+    for name in ("hybrid", "kil", "copy", "exported"):
         assert run_here("inspect", folder / name, "--quiet").returncode == 0
 
 
