@@ -46,6 +46,16 @@ AlignOpt = Annotated[
         "--align", metavar="STEPS", min=0, help="Gradient steps on each mixer.", show_default=False
     ),
 ]
+DistillOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--distill",
+        metavar="TOKENS",
+        min=0,
+        help="Train all mixers together on so many tokens.",
+        show_default=False,
+    ),
+]
 NoTextOpt = Annotated[
     bool, typer.Option("--no-text", help="Fit nothing: a start for training, made in seconds.")
 ]
@@ -59,6 +69,7 @@ def convert(
     calibration: CalibrationOpt = None,
     layers: LayersOpt = None,
     align: AlignOpt = None,
+    distill: DistillOpt = None,
     no_text: NoTextOpt = False,
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
@@ -72,15 +83,14 @@ def convert(
     The output folder appears whole or not at all, and the same call gives the same bytes.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.config.recipe import load_recipe, with_alignment, with_layers, without_text
+    from kimi_convert.config.recipe import load_recipe, with_layers, with_training, without_text
     from kimi_convert.conversion import convert_checkpoint, plan_conversion
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen, limit = load_recipe(recipe), parse_byte_size(max_shard_size)
     if no_text:
         chosen = without_text(chosen)
-    if align is not None:
-        chosen = with_alignment(chosen, align)
+    chosen = with_training(chosen, align_steps=align, distill_tokens=distill)
     if layers is not None:
         chosen = with_layers(chosen, layers)
     if dry_run:

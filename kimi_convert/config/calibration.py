@@ -1,4 +1,4 @@
-"""How a conversion is fitted to text: the `[init]`, `[calibration]` and `[align]` parts of a recipe."""
+"""How a conversion is fitted to text: `[init]`, `[calibration]`, `[align]`, `[distill]` of a recipe."""
 
 from __future__ import annotations
 
@@ -49,6 +49,33 @@ class AlignRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistillRecipe:
+    """Gradient steps on all mixers together, towards the teacher's predictions; none by default."""
+
+    tokens: int = 0
+    tokens_per_step: int = 8192
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no training can use."""
+        _require(0 <= self.tokens <= 2**40, "distill.tokens", "0 to 2^40", self.tokens)
+        _require(
+            1 <= self.tokens_per_step <= 2**24,
+            "distill.tokens_per_step",
+            "1 to 16777216",
+            self.tokens_per_step,
+        )
+        _require(
+            0 < self.learning_rate <= 1, "distill.learning_rate", "0 to 1", self.learning_rate
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.tokens_per_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecipe:
     """What is measured, on how much text."""
 
@@ -58,6 +85,7 @@ class CalibrationRecipe:
     search_tokens: int = 20_480  # that the search of a mixer looks at
     validation_tokens: int = 8_192  # that fit nothing: they choose layers and are reported
     align: AlignRecipe = AlignRecipe()
+    distill: DistillRecipe = DistillRecipe()
 
     def __post_init__(self) -> None:
         """Refuse sizes that leave nothing to fit or to check with."""
@@ -106,13 +134,15 @@ class CalibrationRecipe:
     def to_json(self) -> dict[str, object]:
         """Return every field, as a recipe groups them."""
         document = asdict(self)
-        align = document.pop("align")
+        later = {name: document.pop(name) for name in ("align", "distill")}
         method = document.pop("method")
-        return {"init": {"method": str(method)}, "calibration": document, "align": align}
+        return {"init": {"method": str(method)}, "calibration": document, **later}
 
 
-def read_calibration(init: Fields, calibration: Fields, align: Fields) -> CalibrationRecipe | None:
-    """Read the three parts; None where the method needs no text.
+def read_calibration(
+    init: Fields, calibration: Fields, align: Fields, distill: Fields
+) -> CalibrationRecipe | None:
+    """Read the four parts; None where the method needs no text.
 
     Raises:
         ConfigError: a field has a wrong type.
@@ -121,7 +151,7 @@ def read_calibration(init: Fields, calibration: Fields, align: Fields) -> Calibr
     method = _method(init.text("method", default=InitMethod.SEARCH))
     if method is InitMethod.COPY:
         return None
-    defaults, steps = CalibrationRecipe(), AlignRecipe()
+    defaults, steps, whole = CalibrationRecipe(), AlignRecipe(), DistillRecipe()
     return CalibrationRecipe(
         method=method,
         tokens=calibration.integer("tokens", default=defaults.tokens),
@@ -134,6 +164,11 @@ def read_calibration(init: Fields, calibration: Fields, align: Fields) -> Calibr
             steps=align.integer("steps", default=steps.steps),
             tokens_per_step=align.integer("tokens_per_step", default=steps.tokens_per_step),
             learning_rate=align.number("learning_rate", default=steps.learning_rate),
+        ),
+        distill=DistillRecipe(
+            tokens=distill.integer("tokens", default=whole.tokens),
+            tokens_per_step=distill.integer("tokens_per_step", default=whole.tokens_per_step),
+            learning_rate=distill.number("learning_rate", default=whole.learning_rate),
         ),
     )
 

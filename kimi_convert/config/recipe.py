@@ -162,17 +162,29 @@ def with_layers(recipe: Recipe, text: str) -> Recipe:
     return replace(recipe, keep_layers=tuple(listed), choose_layers=False)
 
 
-def with_alignment(recipe: Recipe, steps: int) -> Recipe:
-    """Return the recipe with so many gradient steps on each mixer.
+def with_training(
+    recipe: Recipe, *, align_steps: int | None = None, distill_tokens: int | None = None
+) -> Recipe:
+    """Return the recipe with other amounts of training; None leaves one as it is.
+
+    Args:
+        recipe: any.
+        align_steps: gradient steps on each mixer.
+        distill_tokens: tokens of training all mixers together.
 
     Raises:
-        RecipeError: the recipe fits nothing to text, or the number is out of range.
+        RecipeError: the recipe fits nothing to text, or a number is out of range.
     """
     fitted = recipe.calibration
-    _require(fitted is not None or steps == 0, "align.steps", "0 without a calibration", steps)
+    for name, amount in (("align.steps", align_steps), ("distill.tokens", distill_tokens)):
+        _require(fitted is not None or not amount, name, "0 without a calibration", amount)
     if fitted is None:
         return recipe
-    return replace(recipe, calibration=replace(fitted, align=replace(fitted.align, steps=steps)))
+    if align_steps is not None:
+        fitted = replace(fitted, align=replace(fitted.align, steps=align_steps))
+    if distill_tokens is not None:
+        fitted = replace(fitted, distill=replace(fitted.distill, tokens=distill_tokens))
+    return replace(recipe, calibration=fitted)
 
 
 def without_text(recipe: Recipe) -> Recipe:
@@ -226,11 +238,11 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _parse(document: Mapping[str, object], path: Path) -> Recipe:
     defaults = Recipe()
     top = Fields(document, where=path)
-    init, calibration, align, layers, mla, kda = (
-        top.nested(name) or top.inside(name, {})
-        for name in ("init", "calibration", "align", "layers", "mla", "kda")
+    names = ("init", "calibration", "align", "distill", "layers", "mla", "kda")
+    init, calibration, align, distill, layers, mla, kda = (
+        top.nested(name) or top.inside(name, {}) for name in names
     )
-    fitted = read_calibration(init, calibration, align)
+    fitted = read_calibration(init, calibration, align, distill)
     rope = RopeHandling.DROP if fitted is None else RopeHandling.FOLD
     keep = layers.raw("keep")
     values = Recipe(
@@ -245,7 +257,7 @@ def _parse(document: Mapping[str, object], path: Path) -> Recipe:
         output_scale=kda.number("output_scale", default=defaults.output_scale),
         seed=kda.integer("seed", default=defaults.seed),
     )
-    for section in (top, init, calibration, align, layers, mla, kda):
+    for section in (top, init, calibration, align, distill, layers, mla, kda):
         section.refuse_rest()
     return values
 

@@ -104,12 +104,17 @@ def align_mixer(
 
 
 def _trained(name: str, parameter: torch.Tensor) -> _Trained:
-    scale = _ABSOLUTE.get(name)
-    if scale is None:
-        rms = float(parameter.square().mean().sqrt())
-        scale = _OF_OWN_RMS.get(name, _OWN_RMS) * rms if rms > 0 else 1.0
     base = parameter.detach().clone()
-    return _Trained(base, scale, torch.zeros_like(base).requires_grad_())
+    return _Trained(base, step_size(name, base), torch.zeros_like(base).requires_grad_())
+
+
+def step_size(name: str, parameter: torch.Tensor) -> float:
+    """Return what a learning rate is multiplied by for a parameter, by its name in the mixer."""
+    scale = _ABSOLUTE.get(name)
+    if scale is not None:
+        return scale
+    rms = float(parameter.square().mean().sqrt())
+    return _OF_OWN_RMS.get(name, _OWN_RMS) * rms if rms > 0 else 1.0
 
 
 def _cosine(steps: int):  # noqa: ANN202  (a closure for the scheduler)

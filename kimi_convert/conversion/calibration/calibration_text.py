@@ -32,11 +32,18 @@ class CalibrationText:
 
     tokens: torch.Tensor  # int64
     validation_rows: int
+    more: torch.Tensor  # [M, T + 1], for training alone; empty where none is asked for
 
     @property
     def inputs(self) -> torch.Tensor:
         """[N, T]."""
         return self.tokens[:, :-1]
+
+    @property
+    def training(self) -> torch.Tensor:
+        """[L, T]: every row that may be trained on."""
+        fit = self.tokens[: len(self.tokens) - self.validation_rows]
+        return torch.cat((fit, self.more))[:, :-1]
 
 
 def calibration_text(
@@ -57,14 +64,14 @@ def calibration_text(
         CalibrationError: there is too little text, or the tokenizer does not know its script.
     """
     tokenizer = load_tokenizer(source)
-    separator = next(iter(config.eos_token_ids), None)
+    wanted = recipe.rows + recipe.distill.tokens // recipe.sequence_length
     packed = pack_documents(
         _shuffled(read_documents(path), seed=seed),
         tokenizer,
         sequence_length=recipe.sequence_length,
-        separator_id=separator,
+        separator_id=next(iter(config.eos_token_ids), None),
         vocab_size=config.vocab_size,
-        max_tokens=recipe.rows * recipe.sequence_length,
+        max_tokens=wanted * recipe.sequence_length,
     )
     if len(packed.tokens) < recipe.rows:
         raise CalibrationError(
@@ -75,7 +82,11 @@ def calibration_text(
             hint="Give a longer text, or lower `calibration.tokens` in the recipe.",
         )
     _check_known(packed.tokens, tokenizer, path)
-    return CalibrationText(tokens=packed.tokens, validation_rows=recipe.validation_rows)
+    return CalibrationText(
+        tokens=packed.tokens[: recipe.rows],
+        validation_rows=recipe.validation_rows,
+        more=packed.tokens[recipe.rows :],
+    )
 
 
 def _shuffled(documents: Iterator[Document], *, seed: int) -> Iterator[Document]:

@@ -154,7 +154,8 @@ def to_parameters(
     # softplus^-1(y) = y + log(1 - exp(-y))
     bias = steps + torch.log(-torch.expm1(-steps))
     coordinates = torch.linalg.lstsq(directions.T.double(), weights.gate.T.double()).solution.T
-    gate_rows = coordinates.to(weights.gate.dtype).repeat_interleave(value_dim, 0)  # [H V, K]
+    coordinates = coordinates.to(weights.gate.dtype) + 0.0  # -0 becomes 0: bytes are compared
+    gate_rows = coordinates.repeat_interleave(value_dim, 0)  # [H V, K]
     return {
         "kda.q.weight": weights.q.flatten(0, 1),
         "kda.k.weight": weights.k.flatten(0, 1),

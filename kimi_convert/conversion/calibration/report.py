@@ -54,6 +54,7 @@ class CalibrationReport:
     compared: tuple[KeptSet, ...]  # the released pattern first
     layers: tuple[LayerFit, ...]
     validation: Outcome
+    distilled: Mapping[str, object] | None = None  # what the distillation noted
 
     def to_json(self) -> dict[str, object]:
         """Return the part of conversion.json."""
@@ -68,4 +69,5 @@ class CalibrationReport:
             ],
             "layers": [layer.to_json() for layer in self.layers],
             "validation": self.validation.to_json(),
+            **({} if self.distilled is None else {"distilled": dict(self.distilled)}),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from kimi_convert.conversion.calibration.choice import (
     choose_layers,
     longest_run,
 )
+from kimi_convert.conversion.calibration.distill import DistillInput, Hybrid, distill, outcome_from
 from kimi_convert.conversion.calibration.outcome import Outcome
 from kimi_convert.conversion.calibration.report import CalibrationReport, KeptSet, LayerFit
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
     fitted_name,
+    fitted_student,
     solve_in_order,
 )
 from kimi_convert.conversion.calibration.starts import start_of
@@ -41,6 +44,8 @@ from kimi_convert.conversion.calibration.study import Study, StudyInput, part_na
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import UsageError
 from kimi_convert.model.loading import LayerLoader, open_layers
+
+_DISTILLED = "distilled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,7 @@ class Calibration:
 
     def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
         """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
-        return self.store.tensor(fitted_name(layer_idx), name)
+        return self.store.tensor(_latest(self.store, layer_idx), name)
 
 
 @torch.no_grad()
@@ -96,6 +101,7 @@ def calibrate(
         study, choice = run.study()
         settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
         outcome = run.solve(settled)
+        distilled = run.distill(settled)
     report = CalibrationReport(
         text_name=path.name,
         text_sha256=sha256_of_file(path),
@@ -107,7 +113,8 @@ def calibrate(
             for kept, kl in choice.kl_of.items()
         ),
         layers=tuple(_layer_fit(n, study, store) for n in range(config.num_layers)),
-        validation=outcome,
+        validation=outcome if distilled is None else outcome_from(distilled),
+        distilled=distilled,
     )
     return Calibration(recipe=settled, store=store, report=report)
 
@@ -158,14 +165,60 @@ class _Run:
 
     def solve(self, settled: Recipe) -> Outcome:
         """Solve the layers of the settled hybrid in order."""
-        given = SequentialInput(
+        return solve_in_order(
+            self.teacher, self._sequential(settled), self.store, self.on_progress
+        )
+
+    def distill(self, settled: Recipe) -> Mapping[str, object] | None:
+        """Train all mixers together, if the recipe says so; return what to note."""
+        recipe = self.calibration.distill
+        if not recipe.steps:
+            return None
+        if not self.store.has(_DISTILLED):
+            hybrid, given = self._hybrid(settled), self._sequential(settled)
+            check = given.text.tokens[len(given.text.tokens) - given.text.validation_rows :]
+            note = distill(
+                hybrid,
+                DistillInput(
+                    tokens=given.text.training, check=check, recipe=recipe, seed=settled.seed
+                ),
+                self.store,
+                self.on_progress,
+            )
+            for n in range(self.teacher.config.num_layers):
+                self.store.save(_distilled_name(n), hybrid.stored(n), {})
+            self.store.save(_DISTILLED, {}, note)
+        return self.store.record(_DISTILLED)
+
+    def _hybrid(self, settled: Recipe) -> Hybrid:
+        """Put the solved student together, around one copy of the teacher."""
+        given = self._sequential(settled)
+        layers = [self.teacher.layer(n) for n in range(self.teacher.config.num_layers)]
+        fitted = [
+            fitted_student(layer, n, self.store.tensors(fitted_name(n)), given)
+            for n, layer in enumerate(layers)
+        ]
+        students, matrices = [one[0] for one in fitted], [one[1] for one in fitted]
+        return Hybrid(self.teacher.embedding(), layers, self.teacher.head(), students, matrices)
+
+    def _sequential(self, settled: Recipe) -> SequentialInput:
+        return SequentialInput(
             config=target_config(self.teacher.config, settled),
             text=self.text,
             fold=settled.rope is RopeHandling.FOLD,
             align=self.calibration.align,
             seed=settled.seed,
         )
-        return solve_in_order(self.teacher, given, self.store, self.on_progress)
+
+
+def _distilled_name(layer_idx: int) -> str:
+    return f"distilled-{layer_idx:04d}"
+
+
+def _latest(store: CalibrationStore, layer_idx: int) -> str:
+    """Return the store's name of a layer's last parameters."""
+    name = _distilled_name(layer_idx)
+    return name if store.has(_DISTILLED) else fitted_name(layer_idx)
 
 
 def _layer_fit(layer_idx: int, study: Study, store: CalibrationStore) -> LayerFit:

@@ -65,8 +65,7 @@ def solve_in_order(
         if not store.has(name):
             _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
         part = store.tensors(name)
-        student = _student(layer, layer_idx, part, given)
-        matrix = part[f"{student.prefix}o.weight"].to(stream.device).T
+        student, matrix = fitted_student(layer, layer_idx, part, given)
         for rows in batches(len(stream)):
             advance(stream, layer, student.features(layer.input_norm(stream[rows])) @ matrix, rows)
             advance(guide, layer, mixed[rows], rows)
@@ -78,6 +77,19 @@ def solve_in_order(
 def fitted_name(layer_idx: int) -> str:
     """Return the store's name of a layer's final parameters."""
     return f"fitted-{layer_idx:04d}"
+
+
+def fitted_student(
+    layer: DecoderLayer,
+    layer_idx: int,
+    part: Mapping[str, torch.Tensor],
+    given: SequentialInput,
+) -> tuple[Student, torch.Tensor]:
+    """Return a stored layer's mixer and its output matrix [F, D]."""
+    student = _without_output(layer, layer_idx, part, given)
+    assert layer.mla is not None
+    device = layer.mla.o.weight.device
+    return student, part[f"{student.prefix}o.weight"].to(device).T
 
 
 class _Solver:
@@ -94,7 +106,7 @@ class _Solver:
     def solve(self, guide: torch.Tensor, stream: torch.Tensor, mixed: torch.Tensor) -> None:
         """Solve, judge and store one layer."""
         searched = self.store.tensors(part_name(self.layer_idx))
-        student = _student(self.layer, self.layer_idx, searched, self.given)
+        student = _without_output(self.layer, self.layer_idx, searched, self.given)
         rows = len(stream) - self.given.text.validation_rows
         x = torch.cat([self.layer.input_norm(stream[part]) for part in batches(len(stream))])
         aim = guide + mixed - stream
@@ -143,7 +155,7 @@ class _Solver:
         return self.layer.mla.o.weight.float().T
 
 
-def _student(
+def _without_output(
     layer: DecoderLayer,
     layer_idx: int,
     part: Mapping[str, torch.Tensor],

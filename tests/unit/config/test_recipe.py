@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
@@ -9,13 +10,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_convert.config.calibration import (
+    AlignRecipe,
+    CalibrationRecipe,
+    DistillRecipe,
+    InitMethod,
+)
 from kimi_convert.config.limits import shown
-from kimi_convert.config.recipe import Recipe, RopeHandling, load_recipe
+from kimi_convert.config.recipe import (
+    Recipe,
+    RopeHandling,
+    default_recipe,
+    load_recipe,
+    with_layers,
+    with_training,
+    without_text,
+)
 from kimi_convert.errors import RecipeError
 
+FITTED = CalibrationRecipe
 DEFAULTS = {
-    "keep_layers": "released",
-    "rope": "drop",
+    "init": {"method": "search"},
+    "calibration": {
+        "tokens": 131072,
+        "sequence_length": 512,
+        "search_tokens": 20480,
+        "validation_tokens": 8192,
+    },
+    "align": {"steps": 0, "tokens_per_step": 2048, "learning_rate": 2e-3},
+    "distill": {"tokens": 0, "tokens_per_step": 8192, "learning_rate": 1e-3},
+    "keep_layers": "auto",
+    "rope": "fold",
     "short_conv_size": 4,
     "qk_rms": 8.0,
     "v_rms": 0.3,
@@ -43,22 +68,45 @@ def refusal(load, text):
 
 
 def test_no_file_gives_the_defaults():
-    assert load_recipe(None) == Recipe()
+    assert load_recipe(None) == default_recipe()
     assert load_recipe(None).to_json() == DEFAULTS
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "[layers]\n[mla]\n[kda]"])
+def test_recipe_without_text_fits_nothing():
+    assert without_text(default_recipe()) == Recipe()
+    document = Recipe().to_json()
+    assert (document["keep_layers"], document["rope"]) == ("released", "drop")
+    assert not {"init", "calibration", "align", "distill"} & set(document)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "[layers]\n[mla]\n[kda]\n[align]"])
 def test_file_that_says_nothing_gives_the_defaults(load, text):
-    assert load(text) == Recipe()
+    assert load(text) == default_recipe()
 
 
 @pytest.mark.parametrize(
     ("text", "changes"),
     [
-        ('[layers]\nkeep = "released"', {}),
-        ("[layers]\nkeep = [3, 7]", {"keep_layers": (3, 7)}),
-        ("[layers]\nkeep = [7, 3]", {"keep_layers": (3, 7)}),
-        ("[layers]\nkeep = []", {"keep_layers": ()}),
+        ('[layers]\nkeep = "auto"', {}),
+        ('[layers]\nkeep = "released"', {"choose_layers": False}),
+        ("[layers]\nkeep = [3, 7]", {"keep_layers": (3, 7), "choose_layers": False}),
+        ("[layers]\nkeep = [7, 3]", {"keep_layers": (3, 7), "choose_layers": False}),
+        ("[layers]\nkeep = []", {"keep_layers": (), "choose_layers": False}),
+        ('[init]\nmethod = "kil"', {"calibration": FITTED(method=InitMethod.KIL)}),
+        ("[calibration]\ntokens = 65536", {"calibration": FITTED(tokens=65536)}),
+        (
+            "[calibration]\nsequence_length = 128\nsearch_tokens = 4096",
+            {"calibration": FITTED(sequence_length=128, search_tokens=4096)},
+        ),
+        (
+            "[align]\nsteps = 9\nlearning_rate = 1e-4",
+            {"calibration": FITTED(align=AlignRecipe(steps=9, learning_rate=1e-4))},
+        ),
+        (
+            "[distill]\ntokens = 100000\ntokens_per_step = 1000",
+            {"calibration": FITTED(distill=DistillRecipe(tokens=100000, tokens_per_step=1000))},
+        ),
+        ('[mla]\nrope = "fold"', {}),
         ('[mla]\nrope = "drop"', {"rope": RopeHandling.DROP}),
         ("[kda]\nshort_conv_size = 2", {"short_conv_size": 2}),
         ("[kda]\nqk_rms = 2.5", {"qk_rms": 2.5}),
@@ -71,12 +119,98 @@ def test_file_that_says_nothing_gives_the_defaults(load, text):
     ],
 )
 def test_every_field_is_read_and_the_others_keep_their_defaults(load, text, changes):
-    assert load(text) == replace(Recipe(), **changes)
+    assert load(text) == replace(default_recipe(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("", {}),
+        ('[layers]\nkeep = "released"', {}),
+        ("[layers]\nkeep = [0]", {"keep_layers": (0,)}),
+        ("[kda]\nqk_rms = 2", {"qk_rms": 2.0}),
+    ],
+)
+def test_copy_needs_no_text_and_keeps_the_released_pattern(load, text, changes):
+    assert load(f'[init]\nmethod = "copy"\n{text}') == replace(Recipe(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        pytest.param('[layers]\nkeep = "auto"', "layers.keep", id="chosen-layers"),
+        pytest.param('[mla]\nrope = "fold"', "mla.rope", id="fold"),
+        pytest.param("[calibration]\ntokens = 9", "calibration.tokens", id="tokens"),
+        pytest.param("[align]\nsteps = 9", "align.steps", id="alignment"),
+    ],
+)
+def test_what_needs_text_is_refused_with_copy(load, text, name):
+    assert repr(name) in refusal(load, f'[init]\nmethod = "copy"\n{text}').message
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        pytest.param('[init]\nmethod = "magic"', "init.method", id="method"),
+        pytest.param("[init]\nmethod = 3", "init.method", id="method-number"),
+        pytest.param("[calibration]\ntokens = 1000", "calibration.tokens", id="tokens-few"),
+        pytest.param("[calibration]\ntokens = 1e5", "calibration.tokens", id="tokens-float"),
+        pytest.param(
+            "[calibration]\nsequence_length = 8", "calibration.sequence_length", id="length"
+        ),
+        pytest.param(
+            "[calibration]\nsearch_tokens = 512", "calibration.search_tokens", id="search-one-row"
+        ),
+        pytest.param(
+            "[calibration]\nvalidation_tokens = 0", "calibration.validation_tokens", id="check"
+        ),
+        pytest.param("[align]\nsteps = -1", "align.steps", id="steps"),
+        pytest.param("[align]\ntokens_per_step = 0", "align.tokens_per_step", id="align-batch"),
+        pytest.param("[align]\nlearning_rate = 0", "align.learning_rate", id="align-rate"),
+        pytest.param("[distill]\ntokens = -1", "distill.tokens", id="distill-tokens"),
+        pytest.param("[distill]\ntokens_per_step = 0", "distill.tokens_per_step", id="batch"),
+        pytest.param("[distill]\nlearning_rate = 2", "distill.learning_rate", id="rate"),
+    ],
+)
+def test_calibration_that_cannot_be_is_refused_by_name(load, text, name):
+    assert repr(name) in refusal(load, text).message
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("auto", {}),
+        ("released", {"choose_layers": False}),
+        ("uniform", {"choose_layers": False}),
+        ("7, 3", {"choose_layers": False, "keep_layers": (3, 7)}),
+    ],
+)
+def test_layers_are_read_from_the_command_line(text, changes):
+    assert with_layers(default_recipe(), text) == replace(default_recipe(), **changes)
+
+
+@pytest.mark.parametrize("text", ["", "all", "3,", "-1", "3;7", "٣", "9999999999999"])
+def test_layers_that_are_none_are_refused(text):
+    with pytest.raises(RecipeError, match=r"layers.keep"):
+        with_layers(default_recipe(), text)
+
+
+def test_amounts_of_training_are_set_apart():
+    recipe = with_training(default_recipe(), align_steps=5)
+    recipe = with_training(recipe, distill_tokens=10**6)
+    assert recipe.calibration is not None
+    assert recipe.calibration.align.steps == 5
+    assert recipe.calibration.distill.steps == 10**6 // 8192
+    assert with_training(recipe) == recipe
+    assert with_training(Recipe(), align_steps=0) == Recipe()
+    with pytest.raises(RecipeError, match=r"distill.tokens"):
+        with_training(Recipe(), distill_tokens=1)
 
 
 def test_document_of_a_recipe_has_every_field(load):
     document = load("[layers]\nkeep = [1]\n[kda]\nseed = 3").to_json()
     assert document == DEFAULTS | {"keep_layers": [1], "seed": 3}
+    assert json.loads(json.dumps(document)) == document
 
 
 @pytest.mark.parametrize(
@@ -217,7 +351,7 @@ def test_size_of_the_file_is_bounded(tmp_path, size, fits):
     path.touch()
     if fits:
         path.write_text("#" * size)
-        assert load_recipe(path) == Recipe()
+        assert load_recipe(path) == default_recipe()
     else:
         os.truncate(path, size)
         with pytest.raises(RecipeError, match="too large"):
@@ -226,7 +360,7 @@ def test_size_of_the_file_is_bounded(tmp_path, size, fits):
 
 def test_error_inside_says_which_file_and_why(load):
     error = refusal(load, '[mla]\nrope = "keep"')
-    assert (error.expected, error.found) == ("drop", "'keep'")
+    assert (error.expected, error.found) == ("drop or fold", "'keep'")
 
 
 @pytest.mark.parametrize("kept", [(3, 1), (1, 1), (-1,), (10**9,), (10**5000,)], ids=shown)

@@ -6,16 +6,25 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
-from kimi_convert.config.calibration import AlignRecipe, CalibrationRecipe, InitMethod
+from kimi_convert.config.calibration import (
+    AlignRecipe,
+    CalibrationRecipe,
+    DistillRecipe,
+    InitMethod,
+)
+from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
-from kimi_convert.conversion.calibration import align, moves, run, search, sequential
+from kimi_convert.conversion.calibration import align, distill, moves, run, search, sequential
+from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import OutputError, UsageError, VerificationError
+from kimi_convert.model.loading import load_model
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -232,3 +241,94 @@ def test_gradients_are_as_they_were_after_a_calibration(tmp_path, text):
     assert torch.is_grad_enabled()
     convert(source_of(tmp_path), tmp_path / "out", text)
     assert torch.is_grad_enabled()
+
+
+def distilled(steps=24, rate=3e-3):
+    recipe = recipe_of(InitMethod.NAIVE)
+    assert recipe.calibration is not None
+    distill = DistillRecipe(
+        tokens=steps * 4 * LENGTH, tokens_per_step=4 * LENGTH, learning_rate=rate
+    )
+    return replace(recipe, calibration=replace(recipe.calibration, distill=distill))
+
+
+@pytest.fixture
+def repeated(tmp_path):
+    """A few rows again and again, so that what is learned on some holds on others."""
+    order = random.Random(4)
+    rows = [[order.randrange(3, 96) for _ in range(LENGTH - 1)] for _ in range(12)]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps({"ids": rows[n % 12]}) + "\n" for n in range(120)))
+    return path
+
+
+def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, repeated):
+    result = convert(source_of(tmp_path), tmp_path / "out", repeated, recipe=distilled())
+    assert result.fit is not None
+    note = result.fit.distilled
+    assert note is not None
+    assert note["steps"] == 24
+    assert note["losses"][1] < note["losses"][0]
+    assert note["taken"]
+    assert note["after"]["kl"] < note["before"]["kl"]
+    assert result.fit.validation.kl == note["after"]["kl"]
+
+
+def test_distilled_checkpoint_is_as_near_as_the_report_says(tmp_path, text):
+    source = source_of(tmp_path)
+    result = convert(source, tmp_path / "out", text, recipe=distilled())
+    assert result.fit is not None
+    rows = calibration_text(text, source, read_config(source), distilled().calibration, seed=0)
+    check = rows.tokens[-rows.validation_rows :]
+    teacher, student = (load_model(folder) for folder in (source, result.output))
+    with torch.no_grad():
+        expected, found = (m(check[:, :-1]).log_softmax(-1) for m in (teacher, student))
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert kl == pytest.approx(result.fit.validation.kl, rel=1e-3)
+
+
+def test_distillation_that_does_not_help_is_not_taken(tmp_path, text, monkeypatch):
+    real = distill._train
+
+    def harmful(hybrid, *rest):
+        losses = real(hybrid, *rest)
+        for matrix in hybrid.matrices:
+            matrix.data.mul_(-3)
+        return losses
+
+    monkeypatch.setattr(distill, "_train", harmful)
+    result = convert(source_of(tmp_path), tmp_path / "out", text, recipe=distilled(steps=2))
+    assert result.fit is not None
+    assert not result.fit.distilled["taken"]
+    assert result.fit.validation.kl == result.fit.distilled["before"]["kl"]
+
+
+def test_interrupted_distillation_goes_on_from_its_last_state(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(distill, "_SAVE_EVERY", 4)
+    source = source_of(tmp_path)
+    convert(source, tmp_path / "whole", text, recipe=distilled(steps=12))
+
+    def interrupt(event):
+        if event.stage == "distilling" and event.done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", text, recipe=distilled(steps=12), on_progress=interrupt)
+    steps = []
+
+    def note(event):
+        if event.stage == "distilling":
+            steps.append(event.done)
+
+    convert(source, tmp_path / "out", text, recipe=distilled(steps=12), on_progress=note)
+    assert steps[0] == 4
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_loss_that_is_not_finite_ends_distillation(tmp_path, text):
+    with pytest.raises(VerificationError, match="distillation diverges"):
+        monstrous = distilled(steps=30, rate=1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "_CLIP", float("inf"))
+            patch.setattr(distill, "_size", lambda *_: 1e30)
+            convert(source_of(tmp_path), tmp_path / "out", text, recipe=monstrous)
