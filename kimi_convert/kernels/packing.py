@@ -34,6 +34,18 @@ def check_cu_seqlens(where: str, cu_seqlens: Tensor, length: int) -> Tensor:
     return cu_seqlens.contiguous()
 
 
+def tile_offsets(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Return how many tiles of tokens lie before each sequence, and in all of them, [N + 1] int32.
+
+    Every sequence is cut by itself into tiles of `size` tokens, the last one shorter; an empty one
+    has one tile too. Nothing waits for a GPU.
+    """
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    offsets = torch.zeros_like(cu_seqlens, dtype=torch.int32)
+    torch.cumsum(((lengths + size - 1) // size).clamp_min(1), 0, out=offsets[1:])
+    return offsets
+
+
 def _check_values(where: str, offsets: list[int], length: int) -> None:
     if offsets[0] != 0:
         raise _wrong(where, "a first offset of 0", offsets[0])

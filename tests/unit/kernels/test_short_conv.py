@@ -7,8 +7,7 @@ import torch
 from torch.nn.functional import conv1d, silu
 
 from kimi_convert.errors import KernelInputError
-from kimi_convert.kernels import short_conv as module
-from kimi_convert.kernels.short_conv import short_conv
+from kimi_convert.kernels.short_conv import reference, short_conv, short_conv_qkv, short_conv_qkv_
 
 LENGTHS = [1, 2, 3, 4, 17, 100]
 
@@ -69,7 +68,7 @@ def test_steps_and_parts_give_the_prefill(cuts):
 def test_segments_do_not_change_the_result(monkeypatch):
     x, weight, state = inputs(50)
     whole = short_conv(x, weight, state=state)
-    monkeypatch.setattr(module, "SEGMENT_ELEMENTS", 1)  # one token each
+    monkeypatch.setattr(reference, "SEGMENT_ELEMENTS", 1)  # one token each
     torch.testing.assert_close(short_conv(x, weight, state=state), whole)
 
 
@@ -114,6 +113,101 @@ def test_inputs_are_not_modified_and_the_state_is_its_own(T, W):
 def test_gradients_are_those_of_finite_differences():
     x, weight, state = (t.requires_grad_() for t in inputs(5, P=2))
     assert torch.autograd.gradcheck(lambda x, w, s: short_conv(x, w, state=s), (x, weight, state))
+
+
+LENGTHS_PACKED = [0, 1, 2, 7, 0, 3, 0]  # of fewer tokens than the state, and none
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+def test_packed_sequences_are_each_by_itself(offsets):
+    x, weight, _ = inputs(sum(LENGTHS_PACKED), B=1)
+    state = torch.randn(len(LENGTHS_PACKED), 6, 3, dtype=x.dtype)
+    cu_seqlens = torch.tensor([0, *LENGTHS_PACKED]).cumsum(0).to(offsets)
+    y, last = short_conv(x, weight, state=state, cu_seqlens=cu_seqlens)
+    for n, part in enumerate(x.split(LENGTHS_PACKED, dim=1)):
+        alone, kept = short_conv(part, weight, state=state[n : n + 1])
+        assert torch.equal(y[:, cu_seqlens[n] : cu_seqlens[n + 1]], alone)
+        assert torch.equal(last[n : n + 1], kept)
+
+
+def three(T, *, B=2, widths=(6, 5, 8), W=4, dtype=torch.float64):
+    return tuple(zip(*(inputs(T, B=B, P=P, W=W, dtype=dtype) for P in widths), strict=True))
+
+
+@pytest.mark.parametrize("T", [0, 1, 20])
+def test_three_at_once_are_each_by_itself(T):
+    xs, weights, states = three(T)
+    ys, lasts = short_conv_qkv(xs, weights, states=states)
+    for n in range(3):
+        y, last = short_conv(xs[n], weights[n], state=states[n])
+        assert torch.equal(ys[n], y)
+        assert torch.equal(lasts[n], last)
+
+
+@pytest.mark.parametrize("T", [0, 1, 20])
+def test_the_step_in_place_is_the_other_and_writes_over_its_states(T):
+    xs, weights, states = three(T)
+    ys, lasts = short_conv_qkv(xs, weights, states=states)
+    held = [state.data_ptr() for state in states]
+    found = short_conv_qkv_(xs, weights, states)
+    assert all(map(torch.equal, found, ys))
+    assert all(map(torch.equal, states, lasts))
+    assert [state.data_ptr() for state in states] == held
+
+
+def test_no_gradient_flows_through_a_step_in_place():
+    xs, weights, states = three(1)
+    weights[0].requires_grad_()
+    assert not short_conv_qkv_(xs, weights, states)[0].requires_grad
+
+
+def replaced(values, index, value):
+    return (*values[:index], value, *values[index + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (r"inputs\[1\] ", lambda x, w, s: (replaced(x, 1, x[1][:, :3]), w, s)),
+        (r"inputs\[2\] ", lambda x, w, s: (replaced(x, 2, [1.0]), w, s)),
+        ("inputs ", lambda x, w, s: (x[:2], w, s)),
+        (r"weights\[2\] ", lambda x, w, s: (x, replaced(w, 2, w[1]), s)),
+        (r"weights\[1\] ", lambda x, w, s: (x, replaced(w, 1, w[1][..., :3]), s)),
+        ("weights ", lambda x, w, s: (x, (*w, w[0]), s)),
+        (r"states\[0\] ", lambda x, w, s: (x, w, replaced(s, 0, s[0][:1]))),
+        (r"states\[2\] ", lambda x, w, s: (x, w, replaced(s, 2, s[2].float()))),
+        ("states ", lambda x, w, s: (x, w, s[:1])),
+    ],
+)
+@pytest.mark.parametrize("convolve", [short_conv_qkv, short_conv_qkv_])
+def test_bad_argument_of_three_is_named(convolve, name, change):
+    xs, weights, states = change(*three(5))
+    with pytest.raises(KernelInputError, match=f"^{name}"):
+        convolve(xs, weights, states=states)
+
+
+@pytest.mark.parametrize("state", [None, torch.zeros(2, 3, 8).mT], ids=["none", "strided"])
+def test_a_state_that_cannot_be_written_to_is_named(state):
+    xs, weights, states = three(5, dtype=torch.float32)
+    with pytest.raises(KernelInputError, match=r"^states\[2\] cannot be written to"):
+        short_conv_qkv_(xs, weights, replaced(states, 2, state))
+
+
+@pytest.mark.parametrize(
+    ("B", "cu_seqlens", "problem"),
+    [
+        (1, [0, 3], "cu_seqlens is not valid"),
+        (1, [1, 5], "cu_seqlens is not valid"),
+        (1, [0, 4, 2, 5], "cu_seqlens is not valid"),
+        (1, [0.0, 5.0], "cu_seqlens is not valid"),
+        (2, [0, 5], "packed sequences have the wrong shape"),
+        (1, [0, 2, 5], "state has the wrong shape"),
+    ],
+)
+def test_bad_packing_is_named(B, cu_seqlens, problem):
+    x, weight, state = inputs(5, B=B)
+    with pytest.raises(KernelInputError, match=problem):
+        short_conv(x, weight, state=state, cu_seqlens=torch.tensor(cu_seqlens))
 
 
 @pytest.mark.parametrize(
