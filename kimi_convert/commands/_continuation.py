@@ -19,6 +19,8 @@ class Request:
     top_k: int | None = None
     seed: int = 0
     dtype: str = "float32"  # torch's name
+    device: str = "cpu"
+    backend: str | None = None  # of the kernels; None takes Triton on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +50,19 @@ def continue_text(
         show: takes the pieces of the text as they come, and returns them joined.
     """
     from kimi_convert.checkpoints.dtypes import dtype_from_torch_name, torch_dtype
+    from kimi_convert.model.backend import usable_device
     from kimi_convert.model.generation import generate, stream_text
     from kimi_convert.model.loading import load_model
     from kimi_convert.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     prompt_ids = tokenizer.encode(request.prompt)
-    model = load_model(checkpoint, dtype=torch_dtype(dtype_from_torch_name(request.dtype)))
+    model = load_model(
+        checkpoint,
+        dtype=torch_dtype(dtype_from_torch_name(request.dtype)),
+        device=usable_device(request.device),
+        backend=request.backend,
+    )
     chosen: list[int] = []
     started = time.perf_counter()
     ids = generate(

@@ -8,6 +8,22 @@ from typing import Annotated
 
 import typer
 
+
+class Dtype(StrEnum):
+    """The dtypes that weights are written in and models run in; the names are torch's."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class BackendName(StrEnum):
+    """The implementations of the kernels that models run on."""
+
+    TORCH = "torch"
+    TRITON = "triton"
+
+
 SourceArg = Annotated[
     Path,
     typer.Argument(
@@ -42,6 +58,17 @@ CalibrationOpt = Annotated[
 DeviceOpt = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Where models run: cpu, cuda, cuda:1.")
 ]
+BackendOpt = Annotated[
+    BackendName | None,
+    typer.Option(
+        "--backend",
+        help="Kernels of KDA, convolutions and norms; by default triton on a GPU, else torch.",
+        show_default=False,
+    ),
+]
+ModelDtypeOpt = Annotated[
+    Dtype, typer.Option(help="Of weights and activations; a narrower one takes less memory.")
+]
 MaxShardSizeOpt = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
 ]
@@ -54,11 +81,3 @@ VerboseOpt = Annotated[
 ]
 
 DEFAULT_MAX_SHARD_SIZE = "5GB"
-
-
-class Dtype(StrEnum):
-    """The dtypes that weights are written in and models run in; the names are torch's."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"

@@ -134,7 +134,7 @@ def _cost_text(source: Path, recipe: Recipe, device: str) -> str:
     """Say what the calibration will take, before it starts."""
     from kimi_convert.config.huggingface import read_config
     from kimi_convert.conversion.calibration.cost import calibration_cost
-    from kimi_convert.conversion.calibration.run import usable_device
+    from kimi_convert.model.backend import usable_device
 
     assert recipe.calibration is not None
     cost = calibration_cost(read_config(source), recipe.calibration)

@@ -9,7 +9,16 @@ import typer
 
 from kimi_convert.commands._continuation import Request, continue_text
 from kimi_convert.commands._numbers import seconds_text
-from kimi_convert.commands._options import CheckpointArg, Dtype, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._options import (
+    BackendOpt,
+    CheckpointArg,
+    DeviceOpt,
+    Dtype,
+    JsonOpt,
+    ModelDtypeOpt,
+    QuietOpt,
+    VerboseOpt,
+)
 from kimi_convert.commands._output import Output
 from kimi_convert.errors import InputError
 
@@ -26,9 +35,6 @@ TopKOpt = Annotated[
     int | None, typer.Option(help="Sample from so many likeliest tokens.", show_default=False)
 ]
 SeedOpt = Annotated[int, typer.Option(help="Of the sampling.")]
-DtypeOpt = Annotated[
-    Dtype, typer.Option(help="Of weights and activations; a narrower one takes less memory.")
-]
 
 
 def generate(
@@ -39,7 +45,9 @@ def generate(
     top_p: TopPOpt = 1.0,
     top_k: TopKOpt = None,
     seed: SeedOpt = 0,
-    dtype: DtypeOpt = Dtype.FLOAT32,
+    dtype: ModelDtypeOpt = Dtype.FLOAT32,
+    device: DeviceOpt = "cpu",
+    backend: BackendOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -54,6 +62,8 @@ def generate(
         top_k=top_k,
         seed=seed,
         dtype=dtype.value,
+        device=device,
+        backend=None if backend is None else backend.value,
     )
     made = continue_text(checkpoint, request, show=output.stream)
     output.document(made)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kimi_convert.commands._numbers import bytes_text, files_text
-from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._options import (
+    BackendOpt,
+    CheckpointArg,
+    DeviceOpt,
+    Dtype,
+    JsonOpt,
+    ModelDtypeOpt,
+    QuietOpt,
+    VerboseOpt,
+)
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 from kimi_convert.commands._scores import models_table, scores_table, worth
@@ -50,6 +59,9 @@ def validate(
     sequence_length: SequenceLengthOpt = 512,
     max_tokens: MaxTokensOpt = 32768,
     max_tokens_per_kind: MaxTokensPerKindOpt = 10240,
+    dtype: ModelDtypeOpt = Dtype.FLOAT32,
+    device: DeviceOpt = "cpu",
+    backend: BackendOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -65,6 +77,9 @@ def validate(
         sequence_length=sequence_length,
         max_tokens=max_tokens,
         max_tokens_per_kind=max_tokens_per_kind,
+        dtype=dtype.value,
+        device=device,
+        backend=None if backend is None else backend.value,
     )
     with output.progress() as on_progress:
         report = validate_checkpoint(

@@ -7,7 +7,8 @@
     S_t     = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T,  o = K^-1/2 S_t^T q
     y       = W_o (norm(o) * sigmoid(W_gb W_ga x))                      norm per head, then gate
 
-Gate, beta, unit norm, state and output norm are fp32. The arithmetic is `kimi_convert.kernels`'.
+Gate, beta, unit norm, state and output norm are fp32. The arithmetic is `kimi_convert.kernels`',
+which fuse what stands between the projections as far as the chosen numerics allow.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import torch
 from torch import nn
 
 from kimi_convert.config.architecture import ModelConfig
-from kimi_convert.kernels.kda import chunk_kda, recurrent_kda, softplus_gate
+from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.kernels.kda import Gate, chunk_kda, recurrent_kda
+from kimi_convert.kernels.kda.mixer_step import kda_mixer_step_
 from kimi_convert.kernels.norm import gated_rms_norm, l2_norm
-from kimi_convert.kernels.short_conv import short_conv
+from kimi_convert.kernels.short_conv import short_conv_qkv
+from kimi_convert.model.backend import KernelModule
 from kimi_convert.model.cache import KdaCache
-from kimi_convert.model.numerics import Numerics, QkNorm, wide
+from kimi_convert.model.numerics import Numerics, Precision, QkNorm, wide
 
 _UNIT_NORM_EPS = 1e-6
 
@@ -36,7 +40,7 @@ class KdaForm(StrEnum):
     RECURRENT = "recurrent"
 
 
-class KimiDeltaAttention(nn.Module):
+class KimiDeltaAttention(KernelModule):
     """The linear-attention mixer of Kimi-Linear."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, *, dtype: torch.dtype) -> None:
@@ -78,17 +82,29 @@ class KimiDeltaAttention(nn.Module):
         Returns:
             [B, T, D], before the residual addition.
         """
+        form = self._resolve(form, x)
+        if cache is not None and self._takes_step(x, cache, form):
+            return self.o(self._step(x, cache))
         past = KdaCache() if cache is None else cache
-        q, q_conv = self.q_conv(self.q(x), past.q_conv)  # [B, T, P], [B, P, W - 1]
-        k, k_conv = self.k_conv(self.k(x), past.k_conv)
-        v, v_conv = self.v_conv(self.v(x), past.v_conv)
-        mixed, state = _FORMS[_resolve(form, num_tokens=x.shape[1])](
-            self._unit(self._heads(q)),  # [B, T, H, K]
-            self._unit(self._heads(k)),
-            self._heads(v),  # [B, T, H, V]
-            self._log_decay(x),  # [B, T, H, K]
-            self._write_strength(x),  # [B, T, H]
+        convolved, (q_conv, k_conv, v_conv) = short_conv_qkv(
+            (self.q(x), self.k(x), self.v(x)),  # [B, T, P]
+            self._conv_weights(),
+            states=(past.q_conv, past.k_conv, past.v_conv),  # [B, P, W - 1]
+            backend=self.backend,
+        )
+        q, k, v = (self._heads(y) for y in convolved)  # [B, T, H, K | V]
+        beta = self.b(x)  # [B, T, H]
+        mixed, state = _FORMS[form](
+            q if self._norm_is_fused else self._unit(q),
+            k if self._norm_is_fused else self._unit(k),
+            v,
+            self._heads(self.f_b(self.f_a(x))),  # [B, T, H, K]
+            beta if self._sigmoid_is_fused else beta.sigmoid(),
+            gate=self._gate(),
+            qk_norm=self._norm_is_fused,
+            beta_logits=self._sigmoid_is_fused,
             initial_state=past.state,
+            backend=self.backend,
         )
         if cache is not None:
             cache.state = state.detach()
@@ -98,45 +114,103 @@ class KimiDeltaAttention(nn.Module):
         gate = self._heads(self.g_b(self.g_a(x)))
         return self.o(self.o_norm(mixed, gate).flatten(2))  # [B, T, H, V] -> [B, T, D]
 
+    def _takes_step(self, x: torch.Tensor, cache: KdaCache, form: KdaForm) -> bool:
+        """Say whether one launch can take the mixer one token further, over the cache's states."""
+        return (
+            x.shape[1] == 1
+            and form is KdaForm.RECURRENT
+            and cache.state is not None
+            and self._norm_is_fused
+            and self._sigmoid_is_fused
+            and self._runs_on(x) is Backend.TRITON
+            and not self._needs_grad(x)
+        )
+
+    def _step(self, x: torch.Tensor, cache: KdaCache) -> torch.Tensor:
+        """Return what the output matrix reads [B, 1, P], and write over the cache's states."""
+        assert cache.state is not None
+        assert cache.q_conv is not None
+        assert cache.k_conv is not None
+        assert cache.v_conv is not None
+        x = x[:, 0]  # [B, D]
+        mixed = kda_mixer_step_(
+            self.q(x),
+            self.k(x),
+            self.v(x),
+            self.f_b(self.f_a(x)),
+            self.b(x),
+            output_gate=self.g_b(self.g_a(x)),
+            conv_weights=self._conv_weights(),
+            conv_states=(cache.q_conv, cache.k_conv, cache.v_conv),
+            state=cache.state,
+            gate=self._gate(),
+            norm_weight=self.o_norm.weight,
+            norm_eps=self.o_norm.eps,
+            backend=Backend.TRITON,
+        )
+        return mixed.unsqueeze(1)
+
+    @property
+    def _norm_is_fused(self) -> bool:
+        """Whether the kernels' unit norm is the one that was chosen."""
+        return self.numerics.qk_norm is QkNorm.SUM_EPS
+
+    @property
+    def _sigmoid_is_fused(self) -> bool:
+        """Whether the kernels' sigmoid of beta, in fp32, is the one that was chosen."""
+        return self.numerics.beta is Precision.FP32
+
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # [B, T, P] -> [B, T, H, K]
 
-    def _log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        f = self._heads(self.f_b(self.f_a(x)))
-        return softplus_gate(
-            f, self.A_log.flatten(), self.dt_bias.unflatten(0, (self.num_heads, -1))
+    def _gate(self) -> Gate:
+        return Gate(
+            A_log=self.A_log.flatten(), dt_bias=self.dt_bias.unflatten(0, (self.num_heads, -1))
         )
 
-    def _write_strength(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(x).to(self.numerics.beta.resolve(x.dtype)).sigmoid()
+    def _conv_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q_conv.weight, self.k_conv.weight, self.v_conv.weight
 
     def _unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring x [..., K] to unit length where the kernels do it in another way."""
         x = x.to(wide(x.dtype))
-        match self.numerics.qk_norm:
-            case QkNorm.SUM_EPS:
-                return l2_norm(x, eps=_UNIT_NORM_EPS)
-            case QkNorm.MEAN_EPS:
-                return l2_norm(x, eps=_UNIT_NORM_EPS * x.shape[-1])
-            case QkNorm.FLOOR:
-                return x / x.norm(dim=-1, keepdim=True).clamp_min(self.rms_norm_eps)
+        if self.numerics.qk_norm is QkNorm.MEAN_EPS:
+            return l2_norm(x, eps=_UNIT_NORM_EPS * x.shape[-1], backend=self.backend)
+        return x / x.norm(dim=-1, keepdim=True).clamp_min(self.rms_norm_eps)
+
+    def _runs_on(self, x: torch.Tensor) -> Backend:
+        return resolve_backend(
+            self.backend, where="KimiDeltaAttention", device=x.device, dtype=x.dtype
+        )
+
+    def _needs_grad(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        )
+
+    def _resolve(self, form: KdaForm, x: torch.Tensor) -> KdaForm:
+        if form is not KdaForm.AUTO:
+            return form
+        if x.shape[1] > _RECURRENT_TOKENS:
+            return KdaForm.CHUNK
+        # The recurrent kernel has no gradients.
+        differentiates = self._needs_grad(x) and self._runs_on(x) is Backend.TRITON
+        return KdaForm.CHUNK if differentiates else KdaForm.RECURRENT
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution of width W, then SiLU; tap W - 1 meets the current token."""
+    """The taps of a causal depthwise convolution, which SiLU follows; tap W - 1 meets the current token.
+
+    All three of a mixer run at once: see `short_conv_qkv`.
+    """
 
     def __init__(self, channels: int, width: int, *, dtype: torch.dtype) -> None:
         """Allocate the taps; their values come from a checkpoint."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width, dtype=dtype))
 
-    def forward(
-        self, x: torch.Tensor, past: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return [B, T, P] and the inputs [B, P, W - 1] that the next tokens need."""
-        return short_conv(x, self.weight, state=past)
 
-
-class OutputNorm(nn.Module):
+class OutputNorm(KernelModule):
     """norm(o) * weight * sigmoid(gate) per head, rounded once."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, *, dtype: torch.dtype) -> None:
@@ -149,7 +223,7 @@ class OutputNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Normalise and gate x [B, T, H, V]."""
-        return gated_rms_norm(x, gate, self.weight, eps=self.eps)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, backend=self.backend)
 
 
 _Recurrence = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -159,9 +233,3 @@ _FORMS: Mapping[KdaForm, _Recurrence] = {
 }
 # One CPU thread, 16 heads of 128: both forms take 0.5 ms at 4 tokens, 1.3 against 2.2 ms at 16.
 _RECURRENT_TOKENS = 4
-
-
-def _resolve(form: KdaForm, *, num_tokens: int) -> KdaForm:
-    if form is not KdaForm.AUTO:
-        return form
-    return KdaForm.RECURRENT if num_tokens <= _RECURRENT_TOKENS else KdaForm.CHUNK

@@ -20,6 +20,8 @@ from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.errors import CheckpointError
+from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.model.backend import use_backend
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.kimi_linear import KimiLinear
 from kimi_convert.model.language_model import Head
@@ -43,6 +45,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     numerics: Numerics = SERVED,
+    backend: Backend | str | None = None,
 ) -> KimiLinear | MlaTransformer:
     """Load a whole checkpoint. Its parameters are frozen: unfreeze what is to be trained.
 
@@ -51,12 +54,16 @@ def load_model(
         dtype: of weights and activations; decay parameters and router stay fp32.
         device: where the model runs.
         numerics: choices where implementations disagree; as served by default.
+        backend: of KDA, convolutions and norms, "torch" or "triton"; None takes Triton on a GPU.
 
     Raises:
         ConfigError: config.json is not valid or not of a supported architecture.
         CheckpointError: tensors are missing, unknown, mis-shaped, quantised or not readable.
+        KernelInputError: there is no such backend, or it cannot run there.
     """
-    with open_layers(folder, dtype=dtype, device=device, numerics=numerics) as layers:
+    with open_layers(
+        folder, dtype=dtype, device=device, numerics=numerics, backend=backend
+    ) as layers:
         return layers.whole_model()
 
 
@@ -67,6 +74,7 @@ def open_layers(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     numerics: Numerics = SERVED,
+    backend: Backend | str | None = None,
 ) -> Iterator[LayerLoader]:
     """Open a checkpoint whose layers are loaded when asked for; arguments as `load_model`'s.
 
@@ -78,7 +86,9 @@ def open_layers(
                 hidden = layers.layer(layer_idx)(hidden)
             logits = layers.head()(hidden)
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
+    if backend is not None:
+        backend = resolve_backend(backend, where="open_layers", device=device, dtype=dtype)
     config = read_config(folder)
     if config.quantization is not None:
         raise CheckpointError(
@@ -95,7 +105,8 @@ def open_layers(
             config=config,
             numerics=numerics,
             dtype=dtype,
-            device=torch.device(device),
+            device=device,
+            backend=backend,
             reader=reader,
             stored_names=matched.stored_names,
         )
@@ -109,6 +120,7 @@ class LayerLoader:
     numerics: Numerics
     dtype: torch.dtype
     device: torch.device
+    backend: Backend | None
     reader: CheckpointReader
     stored_names: Mapping[str, str]  # parameter -> name in the checkpoint
 
@@ -155,7 +167,8 @@ class LayerLoader:
         return model
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Give every parameter of a module without memory its values."""
+        """Give every parameter of a module without memory its values, and its kernels a backend."""
+        use_backend(module, self.backend)
         for name, parameter in list(module.named_parameters()):
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from kimi_convert.kernels.norm import rms_norm
+from kimi_convert.model.backend import KernelModule
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(KernelModule):
     """x / sqrt(mean x^2 + eps), rounded to the input's dtype, then times the weight."""
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
@@ -19,4 +20,4 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis of x [..., size]."""
-        return rms_norm(x, self.weight, eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps, backend=self.backend)

@@ -1,7 +1,8 @@
 """Whether every way to compute the same logits gives the same logits.
 
 One chunked prefill is the reference. Against it: the recurrent form, a cached prefill in pieces
-that no chunk boundary meets, and a decode token by token. Layers are run one at a time with
+that no chunk boundary meets, and a decode token by token; where Triton kernels run, also a prefill
+in plain torch. Layers are run one at a time with
 every form side by side, so memory holds one layer, whatever the model's size.
 
 All forms use the experts that the reference chose. Where two experts score almost alike, the last
@@ -21,6 +22,8 @@ import torch
 from torch import nn
 
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.model.backend import use_backend
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.cache import LayerCache, new_cache
 from kimi_convert.model.kda import KdaForm
@@ -41,6 +44,7 @@ class _Form:
     kda_form: KdaForm
     pieces: Callable[[int], list[int]] | None  # number of tokens -> sizes
     needs_kda: bool = False
+    backend: Backend | None = None  # other than the one that was chosen
 
 
 def _uneven(num_tokens: int) -> list[int]:
@@ -59,6 +63,7 @@ _FORMS = (
     _Form("prefill in pieces", KdaForm.CHUNK, _uneven),
     _Form("decode token by token", KdaForm.RECURRENT, _single),
 )
+_PLAIN = _Form("prefill in plain torch", KdaForm.CHUNK, None, backend=Backend.TORCH)
 
 # Bounds on max |difference| / max |logit|.
 #
@@ -97,7 +102,7 @@ def measure_consistency(
         checkpoint: the folder.
         tokens: the same for every form.
         source: where the tokens come from, for the report.
-        options: dtype, device and numerics.
+        options: dtype, device, backend and numerics.
         on_progress: told of every layer.
     """
     with open_layers(
@@ -105,9 +110,10 @@ def measure_consistency(
         dtype=options.torch_dtype,
         device=options.device,
         numerics=options.numerics,
+        backend=options.backend,
     ) as layers:
         num_layers = layers.config.num_layers
-        forms = [form for form in _FORMS if layers.config.kda_layers or not form.needs_kda]
+        forms = _forms(layers)
         embedded = layers.embedding()(tokens.to(options.device))  # [B, T, D]
         streams = {form: _Stream(embedded) for form in (_PREFILL, *forms)}
         for layer_idx in range(num_layers):
@@ -131,6 +137,15 @@ def measure_consistency(
             for form, error in errors.items()
         ),
     )
+
+
+def _forms(layers: LayerLoader) -> list[_Form]:
+    """Return the forms that say something about this model, where it runs."""
+    forms = [form for form in _FORMS if layers.config.kda_layers or not form.needs_kda]
+    runs_on = resolve_backend(
+        layers.backend, where="validate", device=layers.device, dtype=layers.dtype
+    )
+    return [*forms, _PLAIN] if runs_on is Backend.TRITON else forms
 
 
 @dataclass(slots=True)
@@ -173,6 +188,7 @@ def _run_layer(layers: LayerLoader, layer_idx: int, streams: Mapping[_Form, _Str
     layer = layers.layer(layer_idx)
     with _same_experts(layer) as choices:
         for form, stream in streams.items():
+            use_backend(layer, form.backend or layers.backend)
             cache = new_cache(
                 layers.config, len(stream.hidden), dtype=layers.dtype, device=layers.device
             )

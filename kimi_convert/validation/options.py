@@ -8,9 +8,11 @@ from enum import StrEnum
 import torch
 
 from kimi_convert.errors import UsageError
+from kimi_convert.kernels.backend import Backend
 from kimi_convert.model.numerics import SERVED, Numerics
 
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = tuple(str(backend) for backend in Backend)
 
 
 class Check(StrEnum):
@@ -35,6 +37,7 @@ class ValidationOptions:
     consistency_tokens: int = 128  # of each of at most two sequences
     dtype: str = "float32"  # of weights and activations, one of DTYPES
     device: str = "cpu"
+    backend: str | None = None  # of kernels, one of BACKENDS; None takes Triton on a GPU
     numerics: Numerics = SERVED
     seed: int = 0  # of the random tokens that stand in for a text
 
@@ -51,10 +54,14 @@ class ValidationOptions:
                 raise UsageError(
                     f"{name} is not valid", expected="at least 1", found=getattr(self, name)
                 )
-        if self.dtype not in DTYPES:
-            raise UsageError(
-                "dtype is not valid", expected=" or ".join(DTYPES), found=repr(self.dtype)
-            )
+        names = {"dtype": (self.dtype, DTYPES), "backend": (self.backend, (None, *BACKENDS))}
+        for name, (chosen, known) in names.items():
+            if chosen not in known:
+                raise UsageError(
+                    f"{name} is not valid",
+                    expected=" or ".join(filter(None, known)),
+                    found=repr(chosen),
+                )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -98,7 +98,11 @@ def converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> froze
 
 def _open(folder: Path, options: ValidationOptions) -> AbstractContextManager[LayerLoader]:
     return open_layers(
-        folder, dtype=options.torch_dtype, device=options.device, numerics=options.numerics
+        folder,
+        dtype=options.torch_dtype,
+        device=options.device,
+        numerics=options.numerics,
+        backend=options.backend,
     )
 
 

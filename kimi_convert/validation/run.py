@@ -14,6 +14,8 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import VerificationError
+from kimi_convert.kernels.backend import resolve_backend
+from kimi_convert.model.backend import usable_device
 from kimi_convert.validation.consistency import measure_consistency
 from kimi_convert.validation.integrity import TENSORS, check_integrity
 from kimi_convert.validation.options import Check, ValidationOptions
@@ -61,6 +63,8 @@ def validate_checkpoint(
         on_progress: told how far each part is.
 
     Raises:
+        UsageError: there is no such device here.
+        KernelInputError: the backend cannot run there.
         ConfigError: a config.json is missing or not valid.
         CheckpointError: a folder is not a readable checkpoint, or teacher and checkpoint cannot
             be compared.
@@ -69,6 +73,7 @@ def validate_checkpoint(
     checkpoint = Path(checkpoint)
     teacher = None if teacher is None else Path(teacher)
     text = None if text is None else Path(text)
+    _check_place(options)
     config = read_config(checkpoint)
     guide = None if teacher is None else read_config(teacher)
     if guide is not None:
@@ -108,6 +113,12 @@ class _Job:
     config: ModelConfig
     options: ValidationOptions
     on_progress: ProgressCallback
+
+
+def _check_place(options: ValidationOptions) -> None:
+    """Refuse a device that is not there, and a backend that cannot run on it."""
+    device = usable_device(options.device)
+    resolve_backend(options.backend, where="validate", device=device, dtype=options.torch_dtype)
 
 
 def _sample(

@@ -42,7 +42,7 @@ from kimi_convert.conversion.calibration.starts import start_of
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.study import Study, StudyInput, part_name, study_layers
 from kimi_convert.conversion.target import target_config
-from kimi_convert.errors import UsageError
+from kimi_convert.model.backend import usable_device
 from kimi_convert.model.loading import LayerLoader, open_layers
 
 _DISTILLED = "distilled"
@@ -117,22 +117,6 @@ def calibrate(
         distilled=distilled,
     )
     return Calibration(recipe=settled, store=store, report=report)
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """Return a device that a tensor can be put on.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            "there is no such device here",
-            expected="cpu, or cuda where torch finds a GPU",
-            found=str(device),
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)

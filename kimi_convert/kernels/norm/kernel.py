@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_convert.kernels.partial_sums import add_rows
+from kimi_convert.kernels.rows import as_rows
 
 # Elements of a program, and programs of the backward pass: each adds up the weight's gradient over
 # its rows. Not measured yet.
@@ -57,14 +58,17 @@ def norm_rows(x, eps, DIVISOR: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def norm_forward_kernel(
     # inputs
-    x,  # [M, D]
+    x,  # [M, D], rows x_row apart
     weight,  # [D] or None
-    gate,  # [M, D] or None
+    gate,  # [M, D], rows gate_row apart, or None
     # outputs
     y,  # [M, D]
     # sizes
     num_rows,
     eps,
+    # strides, from one row to the next
+    x_row,
+    gate_row,
     # meta
     D: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -76,10 +80,10 @@ def norm_forward_kernel(
     o_d = tl.arange(0, WIDTH)
     m_d = o_d < D
     mask = (o_m < num_rows)[:, None] & m_d[None, :]
-    p_md = o_m[:, None] * D + o_d[None, :]
-    b_x = tl.load(x + p_md, mask=mask, other=0).to(tl.float32)
+    b_x = tl.load(x + o_m[:, None] * x_row + o_d[None, :], mask=mask, other=0).to(tl.float32)
     if gate is not None:
-        b_gate = tl.load(gate + p_md, mask=mask, other=0).to(tl.float32)
+        p_gate = gate + o_m[:, None] * gate_row + o_d[None, :]
+        b_gate = tl.load(p_gate, mask=mask, other=0).to(tl.float32)
     b_y, _ = norm_rows(b_x, eps, DIVISOR)
     if weight is not None:
         b_weight = tl.load(weight + o_d, mask=m_d, other=0).to(tl.float32)
@@ -88,24 +92,28 @@ def norm_forward_kernel(
         b_y *= b_weight[None, :]
     if gate is not None:
         b_y *= tl.sigmoid(b_gate)
-    tl.store(y + p_md, b_y.to(y.dtype.element_ty), mask=mask)
+    p_y = y + o_m[:, None] * D + o_d[None, :]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
 def norm_forward(x: Tensor, weight: Tensor | None, gate: Tensor | None, norm: Norm) -> Tensor:
-    """Return y, shaped as x [..., D]; what is not contiguous is copied first."""
+    """Return y, shaped as x [..., D]; of x and gate, only rows need be contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     D = x.shape[-1]
     num_rows = x.numel() // D
     tiling = _tiling(num_rows, D)
+    x, gate = as_rows(x), None if gate is None else as_rows(gate)
     norm_forward_kernel[(tiling.num_tiles,)](
-        x.contiguous(),
+        x,
         None if weight is None else weight.contiguous(),
-        None if gate is None else gate.contiguous(),
+        gate,
         y,
         num_rows,
         norm.eps,
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
         D=D,
         DIVISOR=norm.divisor,
         ROWS=tiling.rows,
@@ -118,10 +126,10 @@ def norm_forward(x: Tensor, weight: Tensor | None, gate: Tensor | None, norm: No
 @triton.jit(do_not_specialize=["num_rows", "num_turns"])
 def norm_backward_kernel(
     # inputs
-    x,  # [M, D]
+    x,  # [M, D], rows x_row apart
     weight,  # [D] or None
-    gate,  # [M, D] or None
-    d_y,  # [M, D]
+    gate,  # [M, D], rows gate_row apart, or None
+    d_y,  # [M, D], rows d_y_row apart
     # outputs
     d_x,  # [M, D]
     d_weight,  # [programs, D] fp32 or None, sums over the rows of a program
@@ -130,6 +138,10 @@ def norm_backward_kernel(
     num_rows,
     num_turns,
     eps,
+    # strides, from one row to the next
+    x_row,
+    gate_row,
+    d_y_row,
     # meta
     D: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -147,10 +159,13 @@ def norm_backward_kernel(
         o_m = (i_p * num_turns + turn) * ROWS + tl.arange(0, ROWS)
         mask = (o_m < num_rows)[:, None] & m_d[None, :]
         p_md = o_m[:, None] * D + o_d[None, :]
-        b_x = tl.load(x + p_md, mask=mask, other=0).to(tl.float32)
-        b_dn = tl.load(d_y + p_md, mask=mask, other=0).to(tl.float32)
+        p_x = x + o_m[:, None] * x_row + o_d[None, :]
+        p_dy = d_y + o_m[:, None] * d_y_row + o_d[None, :]
+        b_x = tl.load(p_x, mask=mask, other=0).to(tl.float32)
+        b_dn = tl.load(p_dy, mask=mask, other=0).to(tl.float32)
         if gate is not None:
-            b_gate = tl.sigmoid(tl.load(gate + p_md, mask=mask, other=0).to(tl.float32))
+            p_gate = gate + o_m[:, None] * gate_row + o_d[None, :]
+            b_gate = tl.sigmoid(tl.load(p_gate, mask=mask, other=0).to(tl.float32))
         b_n, r = norm_rows(b_x, eps, DIVISOR)
         if gate is not None:
             b_dgate = b_dn * b_n * b_weight * b_gate * (1 - b_gate)
@@ -168,7 +183,7 @@ def norm_backward_kernel(
 def norm_backward(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, d_y: Tensor, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and gate; what is not contiguous is copied first."""
+    """Return the gradients of x, weight and gate; of x, gate and d_y, rows must be contiguous alone."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_gate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     if x.numel() == 0:
@@ -181,17 +196,21 @@ def norm_backward(
     partials = None
     if weight is not None:
         partials = torch.empty((num_programs, D), dtype=torch.float32, device=x.device)
+    x, d_y, gate = as_rows(x), as_rows(d_y), None if gate is None else as_rows(gate)
     norm_backward_kernel[(num_programs,)](
-        x.contiguous(),
+        x,
         None if weight is None else weight.contiguous(),
-        None if gate is None else gate.contiguous(),
-        d_y.contiguous(),
+        gate,
+        d_y,
         d_x,
         partials,
         d_gate,
         num_rows,
         num_turns,
         norm.eps,
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
+        d_y.stride(0),
         D=D,
         DIVISOR=norm.divisor,
         ROWS=tiling.rows,

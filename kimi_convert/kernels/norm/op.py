@@ -26,8 +26,7 @@ def rms_norm(
         x: [..., D] bf16 | fp16 | fp32 | fp64.
         weight: [D]. Multiplied in the wider of the two dtypes.
         eps: Added to the mean square.
-        backend: "torch" or "triton"; None takes Triton on a GPU, but torch where a gradient is
-            asked for: the backward kernel has run in the interpreter only.
+        backend: "torch" or "triton"; None takes Triton on a GPU.
 
     Returns:
         [..., D] in x's dtype.
@@ -39,7 +38,7 @@ def rms_norm(
     """
     expect("rms_norm", x=(x, "... D"), weight=(weight, "D"))
     dtype = expect_precision("rms_norm", x=x, weight=weight)
-    if _backend("rms_norm", backend, dtype, x, weight) is Backend.TORCH:
+    if _backend("rms_norm", backend, dtype, x) is Backend.TORCH:
         return rms_norm_reference(x, weight, eps=eps, dtype=dtype)
     from kimi_convert.kernels.norm.autograd import norm_triton
 
@@ -56,8 +55,7 @@ def gated_rms_norm(
         gate: [..., D], shaped as x. Logits.
         weight: [D].
         eps: Added to the mean square.
-        backend: "torch" or "triton"; None takes Triton on a GPU, but torch where a gradient is
-            asked for: the backward kernel has run in the interpreter only.
+        backend: "torch" or "triton"; None takes Triton on a GPU.
 
     Returns:
         [..., D] in x's dtype.
@@ -69,7 +67,7 @@ def gated_rms_norm(
     """
     expect("gated_rms_norm", x=(x, "... D"), gate=(gate, "... D"), weight=(weight, "D"))
     dtype = expect_precision("gated_rms_norm", x=x, gate=gate, weight=weight)
-    if _backend("gated_rms_norm", backend, dtype, x, gate, weight) is Backend.TORCH:
+    if _backend("gated_rms_norm", backend, dtype, x) is Backend.TORCH:
         return gated_rms_norm_reference(x, gate, weight, eps=eps, dtype=dtype)
     from kimi_convert.kernels.norm.autograd import norm_triton
 
@@ -82,8 +80,7 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: Backend | str | None = Non
     Args:
         x: [..., D] bf16 | fp16 | fp32 | fp64. Pass fp32 to keep the result in fp32.
         eps: Added to the sum of squares, not to the mean.
-        backend: "torch" or "triton"; None takes Triton on a GPU, but torch where a gradient is
-            asked for: the backward kernel has run in the interpreter only.
+        backend: "torch" or "triton"; None takes Triton on a GPU.
 
     Returns:
         [..., D] in x's dtype.
@@ -102,13 +99,8 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: Backend | str | None = Non
     return norm_triton(x, None, None, eps=eps, divisor=1)
 
 
-def _backend(
-    where: str, backend: Backend | str | None, dtype: torch.dtype, x: Tensor, *others: Tensor
-) -> Backend:
+def _backend(where: str, backend: Backend | str | None, dtype: torch.dtype, x: Tensor) -> Backend:
     """Return what runs; Triton is refused where it is asked for and cannot."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
-    if backend is None and needs_grad:
-        return Backend.TORCH
     chosen = resolve_backend(backend, where=where, device=x.device, dtype=dtype)
     if chosen is Backend.TORCH or x.shape[-1] <= _TRITON_WIDTH:
         return chosen

@@ -64,4 +64,3 @@ class _ShortConv(torch.autograd.Function):
 
 def _streams(tensors: tuple[Any, ...]) -> tuple[Stream, ...]:
     return tuple(Stream(*tensors[n : n + 3]) for n in range(0, len(tensors), 3))
-

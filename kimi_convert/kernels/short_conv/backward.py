@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kimi_convert.kernels.partial_sums import add_rows
+from kimi_convert.kernels.rows import as_rows
 from kimi_convert.kernels.short_conv.call import Call
 from kimi_convert.kernels.short_conv.device import (
     load_rows,
@@ -28,7 +29,7 @@ from kimi_convert.kernels.short_conv.device import (
     locate_tile,
     of_stream,
 )
-from kimi_convert.kernels.short_conv.tiling import as_rows, block_channels, per_stream, tiles_of
+from kimi_convert.kernels.short_conv.tiling import block_channels, per_stream, tiles_of
 
 # Guesses, not measured yet. Narrower than forward: twice as many rows are held.
 _BLOCK_TOKENS = 8
@@ -82,7 +83,7 @@ def backpropagate_tile(
             b_dx += tl.load(p_last, mask=m_last, other=0).to(tl.float32)
         tl.store(p_dx, b_dx.to(d_x.dtype.element_ty), mask=o_p < channels)
         p_dx += width
-    if d_past is not None:
+    if d_past is not None:  # settled when it is compiled  # noqa: SIM102
         if first == start:
             for j in tl.static_range(W - 1):
                 b_dpast = d_z[j] * taps[0]
@@ -98,8 +99,8 @@ def backpropagate_tile(
                 tl.store(p_past, b_dpast.to(d_past.dtype.element_ty), mask=o_p < width)
     added = ()
     for w in tl.static_range(W):
-        b_dtap = d_z[0] * rows[w].to(tl.float32)
-        for i in tl.static_range(1, BT):
+        b_dtap = tl.zeros_like(sums[w])
+        for i in tl.static_range(BT):
             b_dtap += d_z[i] * rows[i + w].to(tl.float32)
         added += (sums[w] + b_dtap,)
     return added
@@ -177,7 +178,7 @@ def short_conv_backward_kernel(
     o_p = i_p * BP + tl.arange(0, BP)
     taps = load_taps(of_stream(i_s, q_weight, k_weight, v_weight), o_p, width, W)
     sums = ()
-    for w in tl.static_range(W):
+    for _ in tl.static_range(W):
         sums += (tl.zeros([BP], tl.float32),)
     for i_t in range(i_r * num_turns, tl.minimum((i_r + 1) * num_turns, num_tiles)):
         i_n, start, stop, first = locate_tile(
@@ -207,8 +208,8 @@ def short_conv_backward(
     tiles = tiles_of(call, _BLOCK_TOKENS)
     inputs, d_rows = [as_rows(stream.x) for stream in call.streams], [as_rows(d_y) for d_y in d_ys]
     BP, blocks = block_channels(inputs, per_thread=_CHANNELS_PER_THREAD, num_warps=_NUM_WARPS)
-    num_turns = triton.cdiv(tiles.count * blocks, _PROGRAMS)
-    num_ranges = triton.cdiv(tiles.count, num_turns)
+    num_turns = triton.cdiv(tiles.total * blocks, _PROGRAMS)
+    num_ranges = triton.cdiv(tiles.total, num_turns)
     widths = [x.shape[1] for x in inputs]
     partials = torch.empty(
         (num_ranges, sum(widths) * call.W), dtype=torch.float32, device=call.device
@@ -225,7 +226,7 @@ def short_conv_backward(
         *per_stream(d_inputs),
         *per_stream(d_pasts),
         partials,
-        *(blocks, num_turns, tiles.count, call.T, tiles.each, call.N, inputs[0].shape[0]),
+        *(blocks, num_turns, tiles.total, call.T, tiles.each, call.N, inputs[0].shape[0]),
         *per_stream(widths, missing=0),
         *per_stream([x.stride(0) for x in inputs], missing=0),
         *per_stream([d_y.stride(0) for d_y in d_rows], missing=0),

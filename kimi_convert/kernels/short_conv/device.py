@@ -103,7 +103,7 @@ def load_rows(
         known = ()
         for j in tl.static_range(COUNT):
             value = rows[j]
-            if j < BEFORE:
+            if j < BEFORE:  # settled when it is compiled  # noqa: SIM102
                 if t + j < start:
                     p_past = past + o_p * (W - 1) + (t + j - start + W - 1)
                     value = tl.load(p_past, mask=o_p < width, other=0)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_convert.kernels.rows import as_rows
 from kimi_convert.kernels.short_conv.call import Call, Convolved
 from kimi_convert.kernels.short_conv.device import (
     load_rows,
@@ -22,7 +23,7 @@ from kimi_convert.kernels.short_conv.device import (
     locate_tile,
     of_stream,
 )
-from kimi_convert.kernels.short_conv.tiling import as_rows, block_channels, per_stream, tiles_of
+from kimi_convert.kernels.short_conv.tiling import block_channels, per_stream, tiles_of
 
 # Tokens of a tile at most; of fewer, the next power of two. 19 rows of 8 bytes a thread are in
 # flight at W=4, and the halo costs 3 rows in 16, from the L2 cache. A guess, not measured yet.
@@ -143,7 +144,7 @@ def _launch(call: Call, results: tuple[Convolved, ...]) -> None:
     inputs = [as_rows(stream.x) for stream in call.streams]
     BP, blocks = block_channels(inputs, per_thread=_CHANNELS_PER_THREAD, num_warps=_NUM_WARPS)
     states = [None if s.state is None else s.state.contiguous() for s in call.streams]
-    short_conv_forward_kernel[(tiles.count * blocks,)](
+    short_conv_forward_kernel[(tiles.total * blocks,)](
         *per_stream(inputs),
         *per_stream([stream.weight.contiguous() for stream in call.streams]),
         *per_stream(states),

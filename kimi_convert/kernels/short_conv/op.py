@@ -16,6 +16,7 @@ from kimi_convert.kernels.short_conv.reference import (
 )
 
 Triple = tuple[Tensor, Tensor, Tensor]  # of q, k and v
+States = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 _TRITON_TAPS = 8  # what the registers of a thread hold rows for
 
@@ -62,7 +63,7 @@ def short_conv_qkv(
     inputs: Triple,
     weights: Triple,
     *,
-    states: Triple | None = None,
+    states: States | None = None,
     cu_seqlens: Tensor | None = None,
     backend: Backend | str | None = None,
 ) -> tuple[Triple, Triple]:
@@ -71,7 +72,7 @@ def short_conv_qkv(
     Args:
         inputs: [B, T, P] each; widths may differ. Rows may be slices of a merged projection.
         weights: [P, 1, W] each, W the same.
-        states: [N, P, W - 1] each, in the dtype of its input; zeros if None.
+        states: [N, P, W - 1] each, in the dtype of its input; zeros where None.
         cu_seqlens: [N + 1] int32 | int64, as for `short_conv`.
         backend: "torch" or "triton"; None takes Triton on a GPU.
 
@@ -128,7 +129,7 @@ def _checked_qkv(
     where: str,
     inputs: Triple,
     weights: Triple,
-    states: Triple | None,
+    states: States | None,
     cu_seqlens: Tensor | None,
 ) -> Call:
     given = {"inputs": inputs, "weights": weights, "states": states or (None, None, None)}

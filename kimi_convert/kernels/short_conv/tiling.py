@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     """Tiles of the tokens of all sequences."""
 
     size: int  # tokens, a power of two
-    count: int  # of all sequences; where packed, no fewer than there can be
+    total: int  # of all sequences; where packed, no fewer than there can be
     each: int  # of a sequence, where not packed
     offsets: Tensor | None  # [N + 1] int32, tiles before each sequence and of all, where packed
     padded_sequences: int  # a power of two where packed, else 1
@@ -44,12 +44,6 @@ def block_channels(
     widths = [x.shape[1] for x in inputs]
     block = min(num_warps * _WARP * per_thread, triton.next_power_of_2(max(widths)))
     return block, sum(triton.cdiv(width, block) for width in widths)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """Return x [B, T, P] as rows [B T, P] that may lie apart; what does not fit is copied."""
-    rows = x.reshape(-1, x.shape[2])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def per_stream(values: Sequence[_Value], missing: int | None = None) -> tuple[_Value | None, ...]:

@@ -7,16 +7,18 @@ import math
 import pytest
 import torch
 
-from kimi_convert.kernels.kda import recurrent_kda
+from kimi_convert.kernels.kda import chunk_kda, recurrent_kda
 from kimi_convert.model import kda
 from kimi_convert.model.cache import KdaCache, MlaCache
 from kimi_convert.model.loading import load_model
 from kimi_convert.validation.consistency import measure_consistency
 from kimi_convert.validation.options import ValidationOptions
-from tests.tiny import tiny_config, write_tiny_checkpoint
+from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
+from tests.unit.kernels.devices import DEVICE
 from tests.unit.validation.build import HYBRID, TEACHER, silent, write_hybrid
 
 RECURRENT, PIECES, DECODE = "recurrent prefill", "prefill in pieces", "decode token by token"
+PLAIN = "prefill in plain torch"
 
 
 def random_tokens(length, rows=2):
@@ -58,6 +60,50 @@ def test_forms_agree_in_half_precision_within_its_bound(dtype, tmp_path):
 def test_source_without_kda_has_no_recurrent_form(tmp_path):
     report = measure(write_tiny_checkpoint(tmp_path, TEACHER), random_tokens(40))
     assert list(errors(report)) == [PIECES, DECODE]
+    assert report.passed
+
+
+ONE_KDA_LAYER = tiny_config(
+    "kimi_linear",
+    vocab_size=300,
+    num_hidden_layers=2,
+    linear_attn_config=linear_attn_config(2, num_heads=1, conv_size=2),
+)
+# See tests/unit/model/test_backend.py.
+INTERPRETED = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@INTERPRETED
+def test_where_triton_runs_a_prefill_in_plain_torch_is_one_more_form(tmp_path):
+    pytest.importorskip("triton")
+    folder = write_tiny_checkpoint(tmp_path, ONE_KDA_LAYER)
+    report = measure(folder, random_tokens(4, rows=1), device=DEVICE, backend="triton")
+    assert list(errors(report)) == [RECURRENT, PIECES, DECODE, PLAIN]
+    assert report.passed
+    assert errors(report)[PLAIN] > 0  # it did run on something else
+
+
+@INTERPRETED
+def test_kernel_that_differs_from_torch_is_found(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+
+    def wrong_on_triton(*args, backend, **kwargs):
+        output, state = chunk_kda(*args, backend=backend, **kwargs)
+        return (output * 1.001 if backend == "triton" else output), state
+
+    monkeypatch.setitem(kda._FORMS, kda.KdaForm.CHUNK, wrong_on_triton)
+    folder = write_tiny_checkpoint(tmp_path, ONE_KDA_LAYER)
+    report = measure(folder, random_tokens(4, rows=1), device=DEVICE, backend="triton")
+    failed = {form.form for form in report.forms if not form.passed}
+    assert PLAIN in failed
+    assert PIECES not in failed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gpu_compares_both_backends_by_itself(dtype, tmp_path):
+    report = measure(write_hybrid(tmp_path), random_tokens(130), device="cuda", dtype=dtype)
+    assert list(errors(report)) == [RECURRENT, PIECES, DECODE, PLAIN]
     assert report.passed
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kimi_convert.errors import UsageError
-from kimi_convert.validation.options import DTYPES, ValidationOptions
+from kimi_convert.validation.options import BACKENDS, DTYPES, ValidationOptions
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,13 @@ def test_dtypes_are_those_that_models_run_in():
     assert resolved == [torch.float32, torch.bfloat16, torch.float16]
     with pytest.raises(UsageError, match="int8"):
         ValidationOptions(dtype="int8")
+
+
+def test_backends_are_those_of_the_kernels():
+    assert BACKENDS == ("torch", "triton")
+    assert [ValidationOptions(backend=name).backend for name in (None, *BACKENDS)] == [
+        None,
+        *BACKENDS,
+    ]
+    with pytest.raises(UsageError, match="cuda"):
+        ValidationOptions(backend="cuda")

@@ -10,7 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kimi_convert.errors import CheckpointError, ConfigError, InputError
+from kimi_convert.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    KernelInputError,
+    UsageError,
+)
 from kimi_convert.kernels.kda import recurrent_kda
 from kimi_convert.model import kda
 from kimi_convert.validation import Check, Severity, ValidationOptions, validate_checkpoint
@@ -203,6 +209,24 @@ def test_teacher_of_another_vocabulary_is_refused_before_anything_is_read(hybrid
     events = []
     with pytest.raises(CheckpointError, match="differ in vocab_size"):
         validate(hybrid, teacher=other, text=text, on_progress=events.append)
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "word"),
+    [
+        ({"device": "quantum"}, UsageError, "no such device"),
+        ({"backend": "triton"}, KernelInputError, "need a CUDA device"),
+    ],
+    ids=["device", "backend"],
+)
+def test_place_where_nothing_can_run_is_refused_before_anything_is_read(
+    place, error, word, hybrid, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    events = []
+    with pytest.raises(error, match=word):
+        validate(hybrid, options=replace(SHORT, **place), on_progress=events.append)
     assert events == []
 
 

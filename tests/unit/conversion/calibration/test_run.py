@@ -20,10 +20,10 @@ from kimi_convert.config.calibration import (
 )
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
-from kimi_convert.conversion.calibration import align, distill, moves, run, search, sequential
+from kimi_convert.conversion.calibration import align, distill, moves, search, sequential
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
-from kimi_convert.errors import OutputError, UsageError, VerificationError
+from kimi_convert.errors import OutputError, VerificationError
 from kimi_convert.model.loading import load_model
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 from tests.tiny import tiny_config, write_tiny_checkpoint
@@ -230,11 +230,6 @@ def test_solve_that_does_harm_is_replaced_and_said(tmp_path, text, monkeypatch):
     result = convert(source_of(tmp_path), tmp_path / "out", text)
     assert result.fit is not None
     assert {layer.output for layer in result.fit.layers} <= {"teacher-forced", "switched off"}
-
-
-def test_device_that_is_not_there_is_wrong_usage():
-    with pytest.raises(UsageError, match="no such device"):
-        run.usable_device("quantum")
 
 
 def test_gradients_are_as_they_were_after_a_calibration(tmp_path, text):
