@@ -1,6 +1,8 @@
-"""Time KDA: our kernels beside torch and, if installed, flash-linear-attention, in one run.
+"""Time our kernels beside torch's and, if installed, flash-linear-attention's, in one run.
 
     python -m kimi_convert.bench.kernels [--case TEXT] [--json FILE] [--plot FILE]
+
+KDA, the short convolutions and the norms; `--case conv`, say, takes the convolutions alone.
 
 On a GPU every call is timed eagerly and as a replayed CUDA graph; the first call, with what it
 compiles, is timed too. The floor is the time in which a large copy moves as many bytes as the call
@@ -14,15 +16,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from kimi_convert.bench.kernel_cases import CASES, Case, make_inputs
+from kimi_convert.bench.conv_norm_cases import CONV_NORM_CASES, ConvNormCase, conv_norm_peers
+from kimi_convert.bench.kernel_cases import CASES as KDA_CASES
+from kimi_convert.bench.kernel_cases import Case, make_inputs
 from kimi_convert.bench.kernel_peers import Call, peers
+
+CASES: tuple[Case | ConvNormCase, ...] = (*KDA_CASES, *CONV_NORM_CASES)
 
 _REPEATS = 30
 _COPY_BYTES = 2**30
@@ -45,14 +51,13 @@ class Timing:
         return self.eager_ms if self.graph_ms is None else min(self.eager_ms, self.graph_ms)
 
 
-def measure(cases: Sequence[Case], device: torch.device) -> list[Timing]:
+def measure(cases: Sequence[Case | ConvNormCase], device: torch.device) -> list[Timing]:
     """Time every implementation on every case."""
     copied_per_ms = _copy_bytes_per_ms(device)
     timings: list[Timing] = []
     for case in cases:
-        inputs = make_inputs(case, device)
         floor_ms = None if copied_per_ms is None else case.floor_bytes / copied_per_ms
-        for who, call in peers(case, inputs).items():
+        for who, call in _calls(case, device).items():
             timings.append(_time(case, who, call, floor_ms=floor_ms, device=device))
             sys.stderr.write(_line(timings[-1]) + "\n")
     return timings
@@ -61,7 +66,7 @@ def measure(cases: Sequence[Case], device: torch.device) -> list[Timing]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the measurement; return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m kimi_convert.bench.kernels", description="Time KDA kernels."
+        prog="python -m kimi_convert.bench.kernels", description="Time the kernels."
     )
     parser.add_argument("--case", default="", help="only cases whose name holds this text")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
@@ -80,8 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _calls(case: Case | ConvNormCase, device: torch.device) -> Mapping[str, Call]:
+    """Return a call for each implementation that serves the case here."""
+    if isinstance(case, ConvNormCase):
+        return conv_norm_peers(case, device)
+    return peers(case, make_inputs(case, device))
+
+
 def _time(
-    case: Case, who: str, call: Call, *, floor_ms: float | None, device: torch.device
+    case: Case | ConvNormCase,
+    who: str,
+    call: Call,
+    *,
+    floor_ms: float | None,
+    device: torch.device,
 ) -> Timing:
     first_ms = _milliseconds(call, device)
     repeats = max(3, min(_REPEATS, int(3000 / max(_milliseconds(call, device), 0.01))))

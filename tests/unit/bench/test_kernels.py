@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from kimi_convert.bench import kernels
+from kimi_convert.bench.conv_norm_cases import (
+    CONV_NORM_CASES,
+    ConvNormCase,
+    Op,
+    conv_norm_peers,
+)
 from kimi_convert.bench.kernel_cases import CASES, Case, GateKind, Work, make_inputs
 from kimi_convert.bench.kernel_peers import peers
 
@@ -74,3 +80,56 @@ def test_a_case_that_is_not_there_is_a_usage_error(capsys):
         kernels.main(["--case", "nothing of the kind"])
     assert stopped.value.code == 2
     assert "prefill B=1 T=1024" in capsys.readouterr().err
+
+
+def conv_norm(op, work):
+    return ConvNormCase(op=op, work=work, B=2, T=1 if work is Work.DECODE else 3, H=1)
+
+
+CONV_NORM_KINDS = sorted({(case.op, case.work) for case in CONV_NORM_CASES})
+
+
+@pytest.mark.parametrize(("op", "work"), CONV_NORM_KINDS, ids=str)
+def test_every_kind_of_convolution_and_norm_is_timed(op, work):
+    timings = kernels.measure([conv_norm(op, work)], CPU)
+    whose = {
+        (Op.CONV, Work.PREFILL): ["torch", "conv1d"],
+        (Op.CONV, Work.TRAINING): ["torch", "conv1d"],
+        (Op.RMS, Work.PREFILL): ["torch", "aten"],
+        (Op.RMS, Work.TRAINING): ["torch", "aten"],
+    }
+    assert [timing.who for timing in timings] == whose.get((op, work), ["torch"])
+    assert all(timing.eager_ms > 0 for timing in timings)
+
+
+@pytest.mark.parametrize("op", [Op.CONV, Op.RMS])
+@pytest.mark.parametrize("work", [Work.PREFILL, Work.TRAINING])
+def test_peers_compute_the_same(op, work):
+    first, *others = (call() for call in conv_norm_peers(conv_norm(op, work), CPU).values())
+    assert others
+    for other in others:
+        for found, expected in zip(other, first, strict=True):
+            bound = 4 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+            assert (found - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("op", "work", "tensors"),
+    [
+        (Op.CONV, Work.PREFILL, 2),
+        (Op.CONV, Work.TRAINING, 5),  # x, y; x, dy, dx
+        (Op.GATED, Work.TRAINING, 8),  # x, gate, y; x, gate, dy, dx, dgate
+        (Op.L2, Work.PREFILL, 2),
+    ],
+)
+def test_floor_of_convolutions_and_norms_counts_every_tensor_once(op, work, tensors):
+    streams, states = (3, 3 * 2 * 128 * 3 * 2) if op is Op.CONV else (1, 0)
+    assert conv_norm(op, work).floor_bytes == 2 * tensors * streams * 2 * 3 * 128 + states
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "work"), CONV_NORM_KINDS, ids=str)
+def test_ours_is_timed_on_a_gpu(op, work):
+    timings = kernels.measure([conv_norm(op, work)], torch.device("cuda"))
+    assert timings[0].who == "ours"
+    assert timings[0].graph_ms is not None or work is Work.TRAINING
