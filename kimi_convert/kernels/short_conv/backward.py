@@ -47,6 +47,24 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
+def backpropagate_to_state(d_z, taps, d_last, d_past, o_p, width, length, W: tl.constexpr):
+    """Write the gradients of the state [P, W - 1] before a sequence, of its first tile's d_z.
+
+    Where the sequence is shorter than the state, the end of the old one is in the new one.
+    """
+    for j in tl.static_range(W - 1):
+        b_dpast = d_z[j] * taps[0]
+        for w in tl.static_range(1, j + 1):
+            b_dpast += d_z[j - w] * taps[w]
+        if d_last is not None:
+            m_last = o_p < tl.where(j >= length, width, 0)
+            p_last = d_last + o_p * (W - 1) + (j - length)
+            b_dpast += tl.load(p_last, mask=m_last, other=0).to(tl.float32)
+        p_past = d_past + o_p * (W - 1) + j
+        tl.store(p_past, b_dpast.to(d_past.dtype.element_ty), mask=o_p < width)
+
+
+@triton.jit
 def backpropagate_tile(
     sums, taps, x, past, d_y, d_last, d_x, d_past, width, row, d_row,
     o_p, i_n, start, stop, first, W: tl.constexpr, BT: tl.constexpr,
@@ -85,18 +103,10 @@ def backpropagate_tile(
         p_dx += width
     if d_past is not None:  # settled when it is compiled  # noqa: SIM102
         if first == start:
-            for j in tl.static_range(W - 1):
-                b_dpast = d_z[j] * taps[0]
-                for w in tl.static_range(1, j + 1):
-                    b_dpast += d_z[j - w] * taps[w]
-                if d_last is not None:
-                    # Where x is shorter than the state, the end of the old one is in the new one.
-                    i = j - (stop - start)
-                    m_last = o_p < tl.where(i >= 0, width, 0)
-                    p_last = d_last + i_state + o_p * (W - 1) + i
-                    b_dpast += tl.load(p_last, mask=m_last, other=0).to(tl.float32)
-                p_past = d_past + i_state + o_p * (W - 1) + j
-                tl.store(p_past, b_dpast.to(d_past.dtype.element_ty), mask=o_p < width)
+            last = None if d_last is None else d_last + i_state
+            backpropagate_to_state(
+                d_z, taps, last, d_past + i_state, o_p, width, stop - start, W
+            )  # fmt: skip
     added = ()
     for w in tl.static_range(W):
         b_dtap = tl.zeros_like(sums[w])
