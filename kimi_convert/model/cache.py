@@ -61,7 +61,11 @@ class MlaCache:
 
 @dataclass(slots=True)
 class KdaCache:
-    """The state of one KDA layer; every field is None before the first token."""
+    """The state of one KDA layer; every field is None before the first token.
+
+    A call puts new tensors here, or, for one token on Triton, writes over these: who wants to keep
+    one across calls clones it.
+    """
 
     state: torch.Tensor | None = None  # [B, H, K, V] fp32
     q_conv: torch.Tensor | None = None  # the last W - 1 inputs of each convolution

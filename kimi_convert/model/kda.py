@@ -146,7 +146,7 @@ class KimiDeltaAttention(KernelModule):
             gate=self._gate(),
             norm_weight=self.o_norm.weight,
             norm_eps=self.o_norm.eps,
-            backend=Backend.TRITON,
+            backend=self.backend,
         )
         return mixed.unsqueeze(1)
 
