@@ -199,7 +199,7 @@ class KimiDeltaAttention(KernelModule):
 
 
 class ShortConv(nn.Module):
-    """The taps of a causal depthwise convolution, which SiLU follows; tap W - 1 meets the current token.
+    """Taps of a causal depthwise convolution before SiLU; tap W - 1 meets the current token.
 
     All three of a mixer run at once: see `short_conv_qkv`.
     """

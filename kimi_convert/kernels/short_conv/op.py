@@ -165,12 +165,27 @@ def _checked(
         _expect_one_row(where, sizes["B"])
         cu_seqlens = check_cu_seqlens(where, cu_seqlens, sizes["T"]).to(streams[0].x.device)
         N = len(cu_seqlens) - 1
-    for (x_name, _, state_name), stream in zip(names, streams, strict=True):
-        if stream.state is not None:
-            shape = f"{N} {stream.x.shape[2]} {sizes['W'] - 1}"
-            expect(where, **{x_name: (stream.x, "B T P"), state_name: (stream.state, shape)})
-            expect_dtype(where, stream.x.dtype, **{state_name: stream.state})
+    _check_states(where, names, streams, N=N, W=sizes["W"])
     return Call(streams=streams, cu_seqlens=cu_seqlens, N=N, dtype=dtype)
+
+
+def _check_states(
+    where: str,
+    names: tuple[tuple[str, str, str], ...],
+    streams: tuple[Stream, ...],
+    *,
+    N: int,
+    W: int,
+) -> None:
+    # In one go: a call for each would take longer than the launch.
+    specs = {names[0][0]: (streams[0].x, "B T P")}  # whose device all must share
+    for (_, _, name), stream in zip(names, streams, strict=True):
+        if stream.state is not None:
+            specs[name] = (stream.state, f"{N} {stream.x.shape[2]} {W - 1}")
+    expect(where, **specs)
+    for (_, _, name), stream in zip(names, streams, strict=True):
+        if stream.state is not None:
+            expect_dtype(where, stream.x.dtype, **{name: stream.state})
 
 
 def _run(where: str, call: Call, backend: Backend | str | None) -> tuple[Convolved, ...]:
