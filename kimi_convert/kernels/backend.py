@@ -7,6 +7,7 @@ for, never before, so that the package works without it.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from importlib.util import find_spec
 
@@ -55,6 +56,11 @@ def resolve_backend(
 def interprets() -> bool:
     """Say whether Triton kernels run on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Have Triton launch on a device: by itself it takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _check_triton(where: str, device: torch.device, dtype: torch.dtype) -> None:

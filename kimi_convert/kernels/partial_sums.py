@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_convert.kernels.backend import launching_on
+
 # A tile is 128 bytes wide, and tall, as there are often few columns. Not measured yet.
 _TILE_COLUMNS = 32
 _TILE_ROWS = 128
@@ -47,13 +49,14 @@ def add_rows(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sums [F] in a dtype of the columns of partials [R, F] fp32, contiguous."""
     num_rows, num_columns = partials.shape
     total = torch.empty(num_columns, dtype=dtype, device=partials.device)
-    add_rows_kernel[(triton.cdiv(num_columns, _TILE_COLUMNS),)](
-        partials,
-        total,
-        num_rows,
-        num_columns,
-        TILE_ROWS=_TILE_ROWS,
-        TILE_COLUMNS=_TILE_COLUMNS,
-        num_warps=4,
-    )
+    with launching_on(partials.device):
+        add_rows_kernel[(triton.cdiv(num_columns, _TILE_COLUMNS),)](
+            partials,
+            total,
+            num_rows,
+            num_columns,
+            TILE_ROWS=_TILE_ROWS,
+            TILE_COLUMNS=_TILE_COLUMNS,
+            num_warps=4,
+        )
     return total

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_convert.kernels.backend import launching_on
 from kimi_convert.kernels.partial_sums import add_rows
 from kimi_convert.kernels.rows import as_rows
 
@@ -105,21 +106,22 @@ def norm_forward(x: Tensor, weight: Tensor | None, gate: Tensor | None, norm: No
     num_rows = x.numel() // D
     tiling = _tiling(num_rows, D)
     x, gate = as_rows(x), None if gate is None else as_rows(gate)
-    norm_forward_kernel[(tiling.num_tiles,)](
-        x,
-        None if weight is None else weight.contiguous(),
-        gate,
-        y,
-        num_rows,
-        norm.eps,
-        x.stride(0),
-        0 if gate is None else gate.stride(0),
-        D=D,
-        DIVISOR=norm.divisor,
-        ROWS=tiling.rows,
-        WIDTH=tiling.width,
-        num_warps=tiling.num_warps,
-    )
+    with launching_on(x.device):
+        norm_forward_kernel[(tiling.num_tiles,)](
+            x,
+            None if weight is None else weight.contiguous(),
+            gate,
+            y,
+            num_rows,
+            norm.eps,
+            x.stride(0),
+            0 if gate is None else gate.stride(0),
+            D=D,
+            DIVISOR=norm.divisor,
+            ROWS=tiling.rows,
+            WIDTH=tiling.width,
+            num_warps=tiling.num_warps,
+        )
     return y
 
 
@@ -197,26 +199,27 @@ def norm_backward(
     if weight is not None:
         partials = torch.empty((num_programs, D), dtype=torch.float32, device=x.device)
     x, d_y, gate = as_rows(x), as_rows(d_y), None if gate is None else as_rows(gate)
-    norm_backward_kernel[(num_programs,)](
-        x,
-        None if weight is None else weight.contiguous(),
-        gate,
-        d_y,
-        d_x,
-        partials,
-        d_gate,
-        num_rows,
-        num_turns,
-        norm.eps,
-        x.stride(0),
-        0 if gate is None else gate.stride(0),
-        d_y.stride(0),
-        D=D,
-        DIVISOR=norm.divisor,
-        ROWS=tiling.rows,
-        WIDTH=tiling.width,
-        num_warps=tiling.num_warps,
-    )
+    with launching_on(x.device):
+        norm_backward_kernel[(num_programs,)](
+            x,
+            None if weight is None else weight.contiguous(),
+            gate,
+            d_y,
+            d_x,
+            partials,
+            d_gate,
+            num_rows,
+            num_turns,
+            norm.eps,
+            x.stride(0),
+            0 if gate is None else gate.stride(0),
+            d_y.stride(0),
+            D=D,
+            DIVISOR=norm.divisor,
+            ROWS=tiling.rows,
+            WIDTH=tiling.width,
+            num_warps=tiling.num_warps,
+        )
     if weight is None or partials is None:
         return d_x, None, d_gate
     return d_x, add_rows(partials, weight.dtype), d_gate

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_convert.kernels.backend import launching_on
 from kimi_convert.kernels.partial_sums import add_rows
 from kimi_convert.kernels.rows import as_rows
 from kimi_convert.kernels.short_conv.call import Call
@@ -226,28 +227,37 @@ def short_conv_backward(
     )
     d_inputs = [_empty_like(stream.x) for stream in call.streams]
     d_pasts = [None if s.state is None else _empty_like(s.state) for s in call.streams]
-    short_conv_backward_kernel[(num_ranges * blocks,)](
-        *per_stream(inputs),
-        *per_stream([stream.weight.contiguous() for stream in call.streams]),
-        *per_stream([_contiguous(stream.state) for stream in call.streams]),
-        *per_stream(d_rows),
-        *per_stream([d_state.contiguous() for d_state in d_states or ()]),
-        *(call.cu_seqlens, tiles.offsets),
-        *per_stream(d_inputs),
-        *per_stream(d_pasts),
-        partials,
-        *(blocks, num_turns, tiles.total, call.T, tiles.each, call.N, inputs[0].shape[0]),
-        *per_stream(widths, missing=0),
-        *per_stream([x.stride(0) for x in inputs], missing=0),
-        *per_stream([d_y.stride(0) for d_y in d_rows], missing=0),
-        W=call.W,
-        BT=tiles.size,
-        BP=BP,
-        BN=tiles.padded_sequences,
-        PACKED=call.cu_seqlens is not None,
-        num_warps=_NUM_WARPS,
-    )
-    sums = add_rows(partials, torch.float32).split([width * call.W for width in widths])
+    with launching_on(call.device):
+        short_conv_backward_kernel[(num_ranges * blocks,)](
+            *per_stream(inputs),
+            *per_stream([stream.weight.contiguous() for stream in call.streams]),
+            *per_stream([_contiguous(stream.state) for stream in call.streams]),
+            *per_stream(d_rows),
+            *per_stream([d_state.contiguous() for d_state in d_states or ()]),
+            *(call.cu_seqlens, tiles.offsets),
+            *per_stream(d_inputs),
+            *per_stream(d_pasts),
+            partials,
+            *(blocks, num_turns, tiles.total, call.T, tiles.each, call.N, inputs[0].shape[0]),
+            *per_stream(widths, missing=0),
+            *per_stream([x.stride(0) for x in inputs], missing=0),
+            *per_stream([d_y.stride(0) for d_y in d_rows], missing=0),
+            W=call.W,
+            BT=tiles.size,
+            BP=BP,
+            BN=tiles.padded_sequences,
+            PACKED=call.cu_seqlens is not None,
+            num_warps=_NUM_WARPS,
+        )
+    return _gradients(call, d_inputs, d_pasts, partials)
+
+
+def _gradients(
+    call: Call, d_inputs: list[Tensor], d_pasts: list[Tensor | None], partials: Tensor
+) -> tuple[Gradients, ...]:
+    """Add up the partial sums [ranges, channels of all streams * W], and deal them out."""
+    sizes = [stream.weight.numel() for stream in call.streams]
+    sums = add_rows(partials, torch.float32).split(sizes)
     return tuple(
         Gradients(d_x, total.view_as(stream.weight).to(stream.weight.dtype), d_past)
         for stream, d_x, total, d_past in zip(call.streams, d_inputs, sums, d_pasts, strict=True)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kimi_convert.kernels.backend import launching_on
 from kimi_convert.kernels.rows import as_rows
 from kimi_convert.kernels.short_conv.call import Call, Convolved
 from kimi_convert.kernels.short_conv.device import (
@@ -144,20 +145,21 @@ def _launch(call: Call, results: tuple[Convolved, ...]) -> None:
     inputs = [as_rows(stream.x) for stream in call.streams]
     BP, blocks = block_channels(inputs, per_thread=_CHANNELS_PER_THREAD, num_warps=_NUM_WARPS)
     states = [None if s.state is None else s.state.contiguous() for s in call.streams]
-    short_conv_forward_kernel[(tiles.total * blocks,)](
-        *per_stream(inputs),
-        *per_stream([stream.weight.contiguous() for stream in call.streams]),
-        *per_stream(states),
-        *(call.cu_seqlens, tiles.offsets),
-        *per_stream([result.y for result in results]),
-        *per_stream([result.state for result in results]),
-        *(blocks, call.T, tiles.each, call.N, inputs[0].shape[0]),
-        *per_stream([x.shape[1] for x in inputs], missing=0),
-        *per_stream([x.stride(0) for x in inputs], missing=0),
-        W=call.W,
-        BT=tiles.size,
-        BP=BP,
-        BN=tiles.padded_sequences,
-        PACKED=call.cu_seqlens is not None,
-        num_warps=_NUM_WARPS,
-    )
+    with launching_on(call.device):
+        short_conv_forward_kernel[(tiles.total * blocks,)](
+            *per_stream(inputs),
+            *per_stream([stream.weight.contiguous() for stream in call.streams]),
+            *per_stream(states),
+            *(call.cu_seqlens, tiles.offsets),
+            *per_stream([result.y for result in results]),
+            *per_stream([result.state for result in results]),
+            *(blocks, call.T, tiles.each, call.N, inputs[0].shape[0]),
+            *per_stream([x.shape[1] for x in inputs], missing=0),
+            *per_stream([x.stride(0) for x in inputs], missing=0),
+            W=call.W,
+            BT=tiles.size,
+            BP=BP,
+            BN=tiles.padded_sequences,
+            PACKED=call.cu_seqlens is not None,
+            num_warps=_NUM_WARPS,
+        )

@@ -171,3 +171,14 @@ def test_two_runs_on_a_gpu_are_equal(norm):
     given = tensors(torch.bfloat16, rows=50_000, D=128)
     found, again = (results(norm, *given, backend="triton") for _ in range(2))
     assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.gpu
+@norms
+def test_a_gpu_other_than_the_current_one_is_served(norm):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone")
+    given = tensors()
+    there = [t.to("cuda:1") for t in given]
+    for found, expected in zip(results(norm, *there), results(norm, *given), strict=True):
+        assert torch.equal(found.cpu(), expected.cpu())

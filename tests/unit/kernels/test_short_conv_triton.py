@@ -325,3 +325,14 @@ def test_a_graph_replays_a_step_on_new_inputs(dtype):
         graph.replay()
         assert all(map(torch.equal, outputs, short_conv_qkv_(step, weights, eager)))
     assert all(map(torch.equal, replayed, eager))
+
+
+@pytest.mark.gpu
+def test_a_gpu_other_than_the_current_one_is_served():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU alone")
+    given = tensors(20)
+    there = [t.to("cuda:1") for t in given]
+    for found, expected in zip(results(*there), results(*given), strict=True):
+        assert found.device == torch.device("cuda:1")
+        assert torch.equal(found.cpu(), expected.cpu())
