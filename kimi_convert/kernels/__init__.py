@@ -14,6 +14,7 @@ This package knows no checkpoint, no config and no model. Names of dims, everywh
     A_log      [H]            natural log of the decay rate of a head
     dt_bias    [H, K]         added to the gate's projection
 
-Every public function checks its arguments, never writes to them, and is differentiable.
+Every public function checks its arguments and is differentiable; those whose names end in `_`
+write over states and have no gradients, the others write to no argument.
 Half and single precision compute in fp32, double in fp64.
 """
