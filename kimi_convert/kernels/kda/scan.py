@@ -8,6 +8,8 @@ every product is a result of the one before, and stays in registers):
     S^T     = S^T diag(decay) + delta^T kg
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels ask ALIGNED twice; it is settled when they are compiled.
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -7,6 +7,8 @@ With do the gradient of the output and dS that of the state after a chunk, per c
     dS^T     = dS^T diag(decay) + do^T qg - ddelta^T w
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels ask ALIGNED twice; it is settled when they are compiled.
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -31,6 +31,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int], arguments: Sequence[int | float]) -> None:
         """Launch blocks on the current stream; pointers as integers, 0 for none."""
+        _enter_context()
         packed = self.parameters.pack(*arguments)
         buffer = ctypes.create_string_buffer(packed, len(packed))
         size = ctypes.c_size_t(len(packed))
@@ -64,14 +65,22 @@ def load_kernel(
     Raises:
         DriverError: the driver refuses it.
     """
-    torch.cuda.current_stream()  # makes the context that the module is loaded into
     driver = _driver()
+    _enter_context()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuModuleLoadData(ctypes.byref(module), image))
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return Kernel(function, struct.Struct(parameters), threads, shared_bytes)
+
+
+def _enter_context() -> None:
+    """Make PyTorch's context current: a thread of autograd's starts without one."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        torch.cuda.set_device(torch.cuda.current_device())
 
 
 @cache

@@ -8,6 +8,7 @@ from kimi_convert.kernels.kda.cuda.stage import multiprocessors, pointers, stage
 from kimi_convert.kernels.kda.device import BOUNDED
 from kimi_convert.kernels.kda.problem import Problem
 
+_PARAMETERS = "@17P6i2f"
 _SHARED_BYTES = 53520
 # Blocks of a multiprocessor: what shared memory leaves room for, and what steep chunks have the
 # registers for.
@@ -38,7 +39,7 @@ def _kernel(problem: Problem, *, for_gradients: bool, steep: bool) -> Kernel:
         problem,
         ("tiles.cuh", "intra.cu"),
         "kda_intra",
-        parameters="@17P6i2f",
+        parameters=_PARAMETERS,
         shared_bytes=_SHARED_BYTES,
         KEEP=int(for_gradients),
         STEEP=int(steep),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kimi_convert.kernels.kda.cuda.compiler import compile_sources
 from kimi_convert.kernels.kda.cuda.driver import Kernel, load_kernel
-from kimi_convert.kernels.kda.device import PRECOMPUTED
 from kimi_convert.kernels.kda.problem import Problem
 
 THREADS = 128  # of a block
@@ -20,7 +19,7 @@ WIDTH = 128  # of keys
 def unserved(problem: Problem) -> str | None:
     """Return what a call lacks to run in CUDA C++, or None."""
     p = problem
-    parameters = () if p.law == PRECOMPUTED.value else (p.A_log, p.dt_bias)
+    parameters = [x for x in (p.A_log, p.dt_bias) if x is not None]
     requirements = {
         "a CUDA device": p.v.is_cuda,
         "bf16 q, k and v": p.dtype == torch.bfloat16,
