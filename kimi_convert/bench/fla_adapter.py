@@ -55,10 +55,10 @@ class KdaFunction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """`chunk_kda` or `recurrent_kda` on one backend."""
+    """`chunk_kda` or `recurrent_kda`."""
 
     recurrent: bool
-    backend: Backend
+    backend: Backend | None  # None lets the call decide
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, options: FlaOptions

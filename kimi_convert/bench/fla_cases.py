@@ -73,7 +73,7 @@ def _lines(rows: Iterable[Comparison]) -> Iterable[str]:
         groups.setdefault((row.who, row.against), []).append(row)
     for (who, against), group in groups.items():
         cells = [f"{row.result} {row.error:.1e}{_mark(row)}" for row in group]
-        yield f"  {who:4} {against:4}  {'  '.join(cells)}"
+        yield f"  {who:6} {against:4}  {'  '.join(cells)}"
 
 
 def _mark(row: Comparison) -> str:

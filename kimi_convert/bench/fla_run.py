@@ -22,7 +22,7 @@ from kimi_convert.bench.fla_adapter import (
 from kimi_convert.bench.fla_case import Beta, FlaCase, Form
 from kimi_convert.kernels.backend import Backend
 
-OURS, FLA = "ours", "fla"
+OURS, TRITON, FLA = "ours", "triton", "fla"
 
 # What FLA's tests call equal, however large the relative error.
 _NOTHING = 1e-6
@@ -50,9 +50,7 @@ def run_case(case: FlaCase, device: torch.device, *, with_fla: bool) -> list[Com
     inputs = _draw(case, device)
     if case.form is Form.GATE:
         return _compare_gate(case, inputs, with_fla=with_fla)
-    functions: dict[str, KdaFunction] = {
-        OURS: Ours(recurrent=case.form is not Form.CHUNK, backend=Backend.TRITON)
-    }
+    functions = _our_functions(case, device)
     if with_fla:
         functions[FLA] = _fla_function(case)
     expected = _results(case, inputs, oracle)
@@ -183,6 +181,18 @@ def _call(
     return output, last.mT if last is not None and case.state_v_first else last
 
 
+def _our_functions(case: FlaCase, device: torch.device) -> dict[str, KdaFunction]:
+    """Return ours as it is chosen on a GPU, and Triton alone where that may be something else."""
+    recurrent = case.form is not Form.CHUNK
+    triton = Ours(recurrent=recurrent, backend=Backend.TRITON)
+    if recurrent or device.type == "cpu":
+        return {OURS: triton}
+    functions: dict[str, KdaFunction] = {OURS: Ours(recurrent=False, backend=None)}
+    if case.dtype == "bfloat16":  # which has stages in CUDA C++
+        functions[TRITON] = triton
+    return functions
+
+
 def _fla_function(case: FlaCase) -> KdaFunction:
     """Return flash-linear-attention's own function."""
     ops = import_module("fla.ops.kda")
@@ -256,7 +266,7 @@ def _compare(
         error=error,
         allowed=allowed,
         passed=passed,
-        counts=who == OURS and name not in case.allowed.only_warned_of,
+        counts=who != FLA and name not in case.allowed.only_warned_of,
     )
 
 
