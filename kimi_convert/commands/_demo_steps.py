@@ -147,20 +147,20 @@ class _Demo:
         """Convert the example by a recipe, or without text."""
         from kimi_convert.config.recipe import load_recipe, without_text
         from kimi_convert.conversion import convert_checkpoint
+        from kimi_convert.conversion.fitted import WORK_SUFFIX
 
         output = self.folder.path / name
         if recipe is None:
             options, chosen = ("--no-text",), without_text(load_recipe(None))
         else:
             path = self.folder.path / f"{name}.toml"
-            path.write_text(recipe, encoding="utf-8")
-            self.folder.made(path)
+            with self.folder.making(path):
+                path.write_text(recipe, encoding="utf-8")
             options, chosen = ("--recipe", str(path)), load_recipe(path)
+        making = self.folder.making(output, self.folder.path / f"{name}{WORK_SUFFIX}")
         step = self._step("convert", self.source, output, *options)
-        with step, self.output.progress() as progress:
-            result = convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
-        self.folder.made(output)
-        return result
+        with making, step, self.output.progress() as progress:
+            return convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
 
     def validate(self) -> ValidationReport:
         report = self._validate(self.hybrid)
@@ -193,7 +193,7 @@ class _Demo:
 
         options = ("--dtype", "float32", "--max-shard-size", _EXPORT_SHARD_SIZE)
         step = self._step("export safetensors", self.hybrid, self.exported, *options)
-        with step, self.output.progress() as progress:
+        with self.folder.making(self.exported), step, self.output.progress() as progress:
             result = export_safetensors(
                 self.hybrid,
                 self.exported,
@@ -201,7 +201,6 @@ class _Demo:
                 dtype="float32",
                 on_progress=progress,
             )
-        self.folder.made(self.exported)
         self._show(export_report(result))
         return result
 
