@@ -147,7 +147,7 @@ class _Demo:
         """Convert the example by a recipe, or without text."""
         from kimi_convert.config.recipe import load_recipe, without_text
         from kimi_convert.conversion import convert_checkpoint
-        from kimi_convert.conversion.fitted import WORK_SUFFIX
+        from kimi_convert.conversion.fitted import work_folder
 
         output = self.folder.path / name
         if recipe is None:
@@ -157,7 +157,7 @@ class _Demo:
             with self.folder.making(path):
                 path.write_text(recipe, encoding="utf-8")
             options, chosen = ("--recipe", str(path)), load_recipe(path)
-        making = self.folder.making(output, self.folder.path / f"{name}{WORK_SUFFIX}")
+        making = self.folder.making(output, work_folder(output))
         step = self._step("convert", self.source, output, *options)
         with making, step, self.output.progress() as progress:
             return convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
