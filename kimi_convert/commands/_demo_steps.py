@@ -17,7 +17,7 @@ from kimi_convert.commands._report import Heading, Report, Sentence
 from kimi_convert.commands.convert import conversion_report
 from kimi_convert.commands.export import export_report
 from kimi_convert.commands.inspect import checkpoint_report
-from kimi_convert.commands.plan import plan_report
+from kimi_convert.commands.plan import brief_plan
 from kimi_convert.commands.validate import brief_report
 
 if TYPE_CHECKING:
@@ -120,11 +120,12 @@ class _Demo:
         return summary
 
     def plan(self) -> ConversionPlan:
+        from kimi_convert.config.recipe import load_recipe
         from kimi_convert.conversion import plan_conversion
 
         with self._step("plan", self.source):
-            plan = plan_conversion(self.source)
-        self._show(plan_report(plan)[:2])
+            plan = plan_conversion(self.source, load_recipe(None))
+        self._show(brief_plan(plan))
         return plan
 
     def convert(self) -> ConversionResult:

@@ -114,7 +114,8 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     source, output = Path(source), Path(output)
-    assert (recipe is not None and recipe.calibration is not None) == (fit is not None)
+    recipe = recipe or Recipe()
+    assert (recipe.calibration is not None) == (fit is not None)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
     with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:
