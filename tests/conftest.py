@@ -60,3 +60,11 @@ def needs_gpu(item):
 def known_seeds():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fitted_example(tmp_path_factory):
+    """Made once for all tests that only read it: a fit takes a while."""
+    from tests.integration.fitted_example import fit_example
+
+    return fit_example(tmp_path_factory.mktemp("fitted"))

@@ -8,44 +8,28 @@ import shutil
 import pytest
 
 from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
-from kimi_convert.conversion.calibration.moves import MOVES
-from kimi_convert.conversion.calibration.search import search_mixer
 from tests.integration.command_line import run_here
+from tests.integration.fitted_example import searching_few_moves, write_small_recipe
 
-RECIPE = """\
-[calibration]
-tokens = 6144
-sequence_length = 128
-search_tokens = 2048
-validation_tokens = 1024
-"""
 MEASURED = ("--text", str(heldout_text()), "--sequence-length", "128", "--max-tokens", "3072")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_moves():
     """A search of four moves: the rest of the table has tests of its own."""
-    wanted = ("basis", "beta", "decay", "value taps")
-    few = tuple(move for move in MOVES if move.name in wanted)[: len(wanted)]
-    with pytest.MonkeyPatch.context() as patch:
-        defaults = {**search_mixer.__kwdefaults__, "moves": few}
-        patch.setattr(search_mixer, "__kwdefaults__", defaults)
+    with searching_few_moves():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "small.toml"
-    path.write_text(RECIPE)
-    return path
+    return write_small_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, recipe):
-    output = tmp_path_factory.mktemp("job") / "hybrid"
-    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe)
-    assert done.returncode == 0, done.stderr
-    return done, output
+@pytest.fixture
+def converted(fitted_example):
+    assert fitted_example.done.returncode == 0, fitted_example.done.stderr
+    return fitted_example.done, fitted_example.output
 
 
 def quality_of(output):

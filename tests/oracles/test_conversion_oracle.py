@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
-from kimi_convert.config.calibration import CalibrationRecipe
-from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.conversion import fitted
+from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.numerics import TRANSFORMERS
@@ -31,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 NATIVE, MLX = "transformers (native, 5.23 and later)", "mlx-lm"
 YARN = {"rope_scaling": yarn(0.707, 0.707)}
 V2_LITE = {**YARN, "n_shared_experts": 2}
-FITTED = "example-fitted"
+FITTED = "example-fitted"  # as `demo` does: mixers searched, rotation folded, layers chosen
 CASES = {
     "example": (None, {}, None),
     FITTED: (None, {}, None),
@@ -75,19 +73,10 @@ def hybrid(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = example_checkpoint()
     if request.param == FITTED:
-        return fit_example(folder / "hybrid")
+        return request.getfixturevalue("fitted_example").output
     if kind is not None:
         source = write_tiny_checkpoint(folder / "source", tiny_source(kind, fields), seed=3)
     result = convert_checkpoint(source, folder / "hybrid", recipe=Recipe(keep_layers=keep))
-    return result.output
-
-
-def fit_example(output):
-    """Convert as `demo` does, mixers searched and layers chosen, on a little of the text."""
-    sizes = {"tokens": 4096, "search_tokens": 1024, "validation_tokens": 512}
-    calibration = CalibrationRecipe(**sizes, sequence_length=128)
-    recipe = replace(default_recipe(), calibration=calibration)
-    result = fitted.convert_checkpoint(example_checkpoint(), output, recipe=recipe)
     return result.output
 
 
