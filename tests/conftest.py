@@ -46,6 +46,19 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA device")
 
 
+def pytest_sessionfinish(session):
+    """Tell the process that reports, where pytest-xdist has made this one for a part of the tests."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_left_out"] = session.config.stash[GPU_LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    # Each process collects, and leaves out, all tests.
+    told = getattr(node, "workeroutput", {}).get("gpu_left_out", 0)
+    node.config.stash[GPU_LEFT_OUT] = max(node.config.stash[GPU_LEFT_OUT], told)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     left_out = config.stash[GPU_LEFT_OUT]
     if left_out:
