@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import cast
 
+from kimi_convert.checkpoints.disk import disk_errors
 from kimi_convert.checkpoints.strict_json import as_object, parse_object
 from kimi_convert.errors import CheckpointError, OutputError
 
@@ -55,6 +56,7 @@ def open_demo_folder(path: Path) -> DemoFolder:
 
     Raises:
         OutputError: it holds anything else; nothing is removed then.
+        ResourceError: it cannot be made or written.
     """
     if path.exists() and not path.is_dir():
         raise OutputError("output is not a folder", where=path, hint=_HINT)
@@ -65,10 +67,12 @@ def open_demo_folder(path: Path) -> DemoFolder:
     }
     if found:
         _check_own(path, found)
-        _remove(path)
-    path.mkdir(parents=True, exist_ok=True)
-    folder = DemoFolder(path, replaced=bool(found))
-    folder.record()
+    with disk_errors(path, doing="prepare the folder of the demo"):
+        if found:
+            _remove(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = DemoFolder(path, replaced=bool(found))
+        folder.record()
     return folder
 
 

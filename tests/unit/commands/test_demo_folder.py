@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from kimi_convert.commands._demo_folder import RECORD, open_demo_folder
-from kimi_convert.errors import OutputError
+from kimi_convert.errors import OutputError, ResourceError
 
 
 def run_demo(path):
@@ -166,3 +167,9 @@ def test_file_that_the_user_removed_is_no_obstacle(tmp_path):
     run_demo(tmp_path)
     (tmp_path / "report.json").unlink()
     assert open_demo_folder(tmp_path).replaced
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs Linux's /sys")
+def test_folder_that_cannot_be_made_is_a_resource_error():
+    with pytest.raises(ResourceError, match="cannot prepare"):
+        open_demo_folder(Path("/sys/kernel/demo"))
