@@ -17,10 +17,10 @@ from tests.integration.command_line import run_here
 
 _RECIPE = """\
 [calibration]
-tokens = 6144
+tokens = 3072
 sequence_length = 128
-search_tokens = 2048
-validation_tokens = 1024
+search_tokens = 1024
+validation_tokens = 512
 """
 _MOVES = ("basis", "beta", "decay", "value taps")
 

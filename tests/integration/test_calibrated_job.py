@@ -11,6 +11,8 @@ from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
 from tests.integration.command_line import run_here
 from tests.integration.fitted_example import searching_few_moves, write_small_recipe
 
+pytestmark = pytest.mark.slow
+
 MEASURED = ("--text", str(heldout_text()), "--sequence-length", "128", "--max-tokens", "3072")
 
 
@@ -42,7 +44,7 @@ def quality_of(output):
 
 def test_cost_is_told_before_and_the_fit_after(converted):
     done, _ = converted
-    assert done.stderr.startswith("fitting to 6144 tokens: about ")
+    assert done.stderr.startswith("fitting to 3072 tokens: about ")
     for words in ("that fitted nothing", "as KDA", "released pattern", "KL to the teacher"):
         assert words in done.stdout
 
@@ -57,10 +59,10 @@ def test_fitted_hybrid_is_nearer_to_its_teacher_than_a_copied_one(converted, tmp
 def test_fit_stands_in_the_provenance(converted):
     document = json.loads((converted[1] / "conversion.json").read_text())
     fit = document["calibration"]
-    assert fit["tokens"] == 6144
+    assert fit["tokens"] == 3072
     assert fit["kept"] == document["layers"]["mla"]
     assert [layer["layer"] for layer in fit["layers"]] == list(range(8))
-    assert document["recipe"]["calibration"]["tokens"] == 6144
+    assert document["recipe"]["calibration"]["tokens"] == 3072
     assert document["recipe"]["keep_layers"] == fit["kept"]
 
 
@@ -114,7 +116,7 @@ def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
         text,
     )
     assert done.returncode == 3
-    assert "6144 tokens" in done.stderr
+    assert "3072 tokens" in done.stderr
 
 
 def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
