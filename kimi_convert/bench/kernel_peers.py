@@ -1,4 +1,4 @@
-"""Whose KDA is timed: ours on Triton and in torch, and flash-linear-attention's, if installed."""
+"""Whose KDA is timed: ours as chosen by itself, on Triton alone, in torch; flash-linear-attention's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def peers(case: Case, inputs: Inputs) -> Mapping[str, Call]:
     """Return a call for each implementation that serves the case here."""
     calls: dict[str, Call] = {}
     if inputs.q.is_cuda:
-        calls["ours"] = _ours(case, inputs, Backend.TRITON)
+        decodes = case.work is Work.DECODE  # which exists on Triton alone
+        calls["ours"] = _ours(case, inputs, Backend.TRITON if decodes else None)
+        if not decodes:
+            calls["triton"] = _ours(case, inputs, Backend.TRITON)
     if case.B * case.T <= _TORCH_TOKENS:
         calls["torch"] = _ours(case, inputs, Backend.TORCH)
     if inputs.q.is_cuda and find_spec("fla"):
@@ -30,7 +33,7 @@ def peers(case: Case, inputs: Inputs) -> Mapping[str, Call]:
     return calls
 
 
-def _ours(case: Case, inputs: Inputs, backend: Backend) -> Call:
+def _ours(case: Case, inputs: Inputs, backend: Backend | None) -> Call:
     options: dict[str, Any] = {"qk_norm": True, "beta_logits": True, "backend": backend}
     form = recurrent_kda if case.work is Work.DECODE else chunk_kda
     if case.work is Work.DECODE:

@@ -20,10 +20,16 @@ class Backend(StrEnum):
 
     TORCH = "torch"
     TRITON = "triton"
+    CUDA = "cuda"  # Triton, but for stages of KDA that also exist in CUDA C++
 
 
 def resolve_backend(
-    backend: Backend | str | None, *, where: str, device: torch.device, dtype: torch.dtype
+    backend: Backend | str | None,
+    *,
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    also: tuple[Backend, ...] = (),
 ) -> Backend:
     """Return what runs: what was asked for, else Triton on a GPU and torch elsewhere.
 
@@ -32,6 +38,7 @@ def resolve_backend(
         where: name of the public function, for the error.
         device: of the tensors.
         dtype: that is computed in; Triton kernels have no fp64.
+        also: backends beyond these two that the function has.
 
     Raises:
         KernelInputError: there is no such backend, or it cannot run here.
@@ -39,15 +46,15 @@ def resolve_backend(
     if backend is None:
         serves = device.type == "cuda" and dtype != torch.float64 and _has_triton()
         return Backend.TRITON if serves else Backend.TORCH
-    if backend not in tuple(Backend):
+    if backend not in (Backend.TORCH, Backend.TRITON, *also):
         raise KernelInputError(
             "there is no such backend",
             where=where,
-            expected=" or ".join(Backend),
+            expected=" or ".join((Backend.TORCH, Backend.TRITON, *also)),
             found=repr(backend),
         )
     backend = Backend(backend)
-    if backend is Backend.TRITON:
+    if backend is not Backend.TORCH:
         _check_triton(where, device, dtype)
     return backend
 

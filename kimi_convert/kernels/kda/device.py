@@ -199,3 +199,18 @@ def locate_chunk(
         start = i_n * length + (i_c - i_n * num_chunks) * C
         stop = (i_n + 1) * length
     return start, stop
+
+
+@triton.jit
+def locate_sequence(i_n, cu_seqlens, chunk_offsets, length, num_chunks, PACKED: tl.constexpr):
+    """Return a sequence's first token, its tokens, its first chunk of all, and its chunks."""
+    if PACKED:
+        start = tl.load(cu_seqlens + i_n).to(tl.int64)
+        tokens = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - start).to(tl.int32)
+        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
+        num_chunks = tl.load(chunk_offsets + i_n + 1) - tl.load(chunk_offsets + i_n)
+    else:
+        start = i_n * length
+        tokens = length
+        first_chunk = i_n * num_chunks
+    return start, tokens, first_chunk, num_chunks

@@ -1,4 +1,4 @@
-"""Gradients of a call's inputs, when both ways of the state are known."""
+"""Gradients of prepared inputs on Triton, when both ways of the state are known."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kimi_convert.kernels.kda.intra import Chunks
+from kimi_convert.kernels.kda.chunks import Chunks
 from kimi_convert.kernels.kda.key_gradients import kda_key_gradients_kernel
-from kimi_convert.kernels.kda.problem import TILE_K, Problem
+from kimi_convert.kernels.kda.problem import TILE_K, TILE_V, Problem
 from kimi_convert.kernels.kda.scan import Scanned
 from kimi_convert.kernels.kda.scan_backward import ScanGradients
-from kimi_convert.kernels.kda.value_gradients import kda_value_gradients_kernel
+from kimi_convert.kernels.kda.value_gradients import kda_value_gradients
 
 # As in `intra`, but one factor alone multiplies a sum of gradients before the other does: half the
 # range is left to them.
 FACTOR_LIMITS = {torch.bfloat16: 60.0, torch.float16: 3.0, torch.float32: 4.0}
-TILE_V = 64  # value channels at a time
 
 
 class Gradients(NamedTuple):
@@ -39,57 +38,35 @@ def kda_gradients(
 ) -> Gradients:
     """Run both kernels; d_output [B, T, HV, V] is contiguous."""
     p = problem
-    shape = p.v.shape[:3]
+    by_values = kda_value_gradients(p, chunks, scanned, d_output, d_scan)
     # Heads that share a query and a key: their gradients are summed, so not rounded before.
     dtype = p.q.dtype if p.H == p.HV else torch.float32
+    shape = p.v.shape[:3]
     gradients = Gradients(
         q=p.empty(*shape, p.K, dtype=dtype),
         k=p.empty(*shape, p.K, dtype=dtype),
-        v=torch.empty_like(p.v),
+        v=by_values.v,
         g=p.empty(*shape, p.K, dtype=torch.float32),
-        beta=p.empty(*shape, dtype=torch.float32),
-    )
-    d_reads, d_a = torch.empty_like(chunks.reads), torch.empty_like(chunks.reads)
-    kept = (scanned.states, scanned.deltas)
-    where = (p.cu_seqlens, p.chunk_offsets)
-    meta = {
-        "C": p.C,
-        "V": p.V,
-        "BK": p.BK,
-        "BV": p.BV,
-        "BN": p.BN,
-        "TILE_K": TILE_K,
-        "TILE_V": min(TILE_V, p.BV),
-        "PACKED": p.packed,
-        "PRECISION": p.precision,
-        "num_warps": 4,
-        "num_stages": 1,
-    }
-    kda_value_gradients_kernel[(p.total_chunks, p.HV)](
-        *(p.v, p.beta, d_output, chunks.kd, chunks.inverse, *kept, d_scan.deltas, *where),
-        *(gradients.v, gradients.beta, d_reads, d_a),
-        *(p.T, p.num_chunks, p.N, p.HV),
-        **meta,
+        beta=by_values.beta,
     )
     kda_key_gradients_kernel[(p.total_chunks, p.HV)](
-        *(
-            p.q,
-            p.k,
-            p.g,
-            p.beta,
-            d_output,
-            gradients.v,
-            d_reads,
-            d_a,
-            *kept,
-            d_scan.states,
-            *where,
-        ),
+        *(p.q, p.k, p.g, p.beta, d_output, by_values.v, by_values.reads, by_values.a),
+        *(scanned.states, scanned.deltas, d_scan.states, p.cu_seqlens, p.chunk_offsets),
         *(gradients.q, gradients.k, gradients.g, gradients.beta),
         *(p.T, p.num_chunks, p.N, p.H, p.HV, p.scale),
         K=p.K,
+        V=p.V,
+        C=p.C,
         LOG_C=p.C.bit_length() - 1,
+        BK=p.BK,
+        BV=p.BV,
+        BN=p.BN,
+        TILE_K=TILE_K,
+        TILE_V=min(TILE_V, p.BV),
+        PACKED=p.packed,
         FACTOR_LIMIT=FACTOR_LIMITS[p.dtype],
-        **meta,
+        PRECISION=p.precision,
+        num_warps=4,
+        num_stages=1,
     )
     return gradients

@@ -15,13 +15,11 @@ so that `scan` has only matrix products left to do per chunk. docs/kernels/kda.m
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from kimi_convert.kernels.kda.chunks import Chunks, empty_chunks
 from kimi_convert.kernels.kda.device import (
     PRECOMPUTED,
     dot_split,
@@ -38,19 +36,6 @@ from kimi_convert.kernels.kda.problem import TILE_K, Problem
 # of a pair multiply to at most 1, so the limit is the range of the operands' dtype, and in fp32
 # the error of exp2, which grows with its argument.
 FACTOR_LIMITS = {torch.bfloat16: 120.0, torch.float16: 6.0, torch.float32: 4.0}
-
-
-class Chunks(NamedTuple):
-    """What `scan` reads; N chunks of all sequences, HV heads, K padded to a power of two."""
-
-    w: Tensor  # [N, HV, C, K]
-    qg: Tensor  # [N, HV, C, K]
-    kg: Tensor  # [N, HV, C, K]
-    reads: Tensor  # [N, HV, C, C]
-    solve: Tensor  # [N, HV, C, C]
-    decay: Tensor  # [N, HV, K] fp32
-    kd: Tensor  # [N, HV, C, K], exp(G) k, for the gradients; else w
-    inverse: Tensor | None  # [N, HV, C, C], (I + A)^-1, for the gradients
 
 
 @triton.jit
@@ -191,40 +176,37 @@ def kda_intra_kernel(
 
 def kda_intra(problem: Problem, *, for_gradients: bool = False) -> Chunks:
     """Run the stage for every chunk of a problem."""
-    p = problem
-    grid = (p.total_chunks, p.HV)
-    w = p.empty(*grid, p.C, p.BK)
-    chunks = Chunks(
-        w=w,
-        qg=p.empty(*grid, p.C, p.BK),
-        kg=p.empty(*grid, p.C, p.BK),
-        reads=p.empty(*grid, p.C, p.C),
-        solve=p.empty(*grid, p.C, p.C),
-        decay=p.empty(*grid, p.BK, dtype=torch.float32),
-        kd=torch.empty_like(w) if for_gradients else w,
-        inverse=p.empty(*grid, p.C, p.C) if for_gradients else None,
-    )
-    marks = p.empty(*grid, dtype=torch.int32)
-    for steep in (True,) if p.dtype == torch.float32 else (False, True):
-        kda_intra_kernel[grid](
-            *(p.q, p.k, p.g, p.beta, p.A_log, p.dt_bias, p.cu_seqlens, p.chunk_offsets),
-            *chunks,
-            marks,
-            *(p.T, p.num_chunks, p.N, p.H, p.HV, p.scale, p.lower_bound),
-            K=p.K,
-            C=p.C,
-            LOG_C=p.C.bit_length() - 1,
-            BK=p.BK,
-            TILE_K=TILE_K,
-            BN=p.BN,
-            PACKED=p.packed,
-            LAW=p.law,
-            QK_NORM=p.qk_norm,
-            BETA_LOGITS=p.beta_logits,
-            FACTOR_LIMIT=FACTOR_LIMITS[p.dtype],
-            STEEP=steep,
-            PRECISION=p.precision,
-            num_warps=4,
-            num_stages=1,
-        )
+    chunks = empty_chunks(problem, for_gradients=for_gradients)
+    if problem.dtype != torch.float32:
+        _run(problem, chunks, steep=False)
+    run_steep_chunks(problem, chunks)
     return chunks
+
+
+def run_steep_chunks(problem: Problem, chunks: Chunks) -> None:
+    """Do the chunks anew that are marked as steep; in fp32, where no others are done, all."""
+    _run(problem, chunks, steep=True)
+
+
+def _run(problem: Problem, chunks: Chunks, *, steep: bool) -> None:
+    p = problem
+    kda_intra_kernel[(p.total_chunks, p.HV)](
+        *(p.q, p.k, p.g, p.beta, p.A_log, p.dt_bias, p.cu_seqlens, p.chunk_offsets),
+        *chunks,
+        *(p.T, p.num_chunks, p.N, p.H, p.HV, p.scale, p.lower_bound),
+        K=p.K,
+        C=p.C,
+        LOG_C=p.C.bit_length() - 1,
+        BK=p.BK,
+        TILE_K=TILE_K,
+        BN=p.BN,
+        PACKED=p.packed,
+        LAW=p.law,
+        QK_NORM=p.qk_norm,
+        BETA_LOGITS=p.beta_logits,
+        FACTOR_LIMIT=FACTOR_LIMITS[p.dtype],
+        STEEP=steep,
+        PRECISION=p.precision,
+        num_warps=4,
+        num_stages=1,
+    )

@@ -150,7 +150,10 @@ def kda_key_gradients_kernel(
                 tl.trans(pairs), (b_k * rises * b_beta).to(DTYPE), input_precision=PRECISION
             )
 
-        b_dg += tl.cumsum(b_q * b_dq + b_k * (b_dk_row - b_dk_column), 0, reverse=True)
+        # Not a reversed cumsum: on a GPU, that of Triton 3.6 is wrong here.
+        passed = b_q * b_dq + b_k * (b_dk_row - b_dk_column)
+        later = (row <= column).to(tl.float32)
+        b_dg = tl.dot(later, passed, acc=b_dg, input_precision="tf32x3")
         b_dq += own * b_k
         b_dk_column += b_dk_after + own * b_q
         tl.store(d_q + p_tk, (b_dq * scale).to(d_q.dtype.element_ty), mask=m_tk)

@@ -59,8 +59,8 @@ def chunk_kda(
             the n-th has the tokens cu_seqlens[n] to cu_seqlens[n + 1], and may be empty.
         chunk_size: Tokens that are solved together, a power of two up to 256: a matter of
             speed and rounding only. None takes the measured best; Triton's is fixed.
-        backend: "torch" or "triton"; None takes Triton on a GPU, but torch where a gradient is
-            asked for: the backward kernels have run in the interpreter only.
+        backend: "torch", "triton" or "cuda"; None takes the fastest that serves the call. "cuda" is
+            Triton but for two stages, which exist in CUDA C++ for bf16 keys of 128 channels.
 
     Returns:
         Output [B, T, HV, V] in v's dtype and the final state [N, HV, K, V] fp32 (fp64 for
@@ -84,12 +84,11 @@ def chunk_kda(
     if v.numel() == 0:
         return torch.empty_like(v), call.state().clone()
     refused = "the Triton kernels have a chunk size of their own" if chunk_size else None
-    if backend is None and call.needs_grad:
-        backend = Backend.TORCH
-    if _backend("chunk_kda", call, backend, refused) is Backend.TRITON:
-        from kimi_convert.kernels.kda.chunk_triton import chunk_kda_triton
+    chosen = _backend("chunk_kda", call, backend, refused, also=(Backend.CUDA,))
+    if chosen is not Backend.TORCH:
+        from kimi_convert.kernels.kda.chunk_gpu import chunk_kda_gpu
 
-        return chunk_kda_triton(call)
+        return chunk_kda_gpu(call, None if backend is None else chosen)
 
     def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
         return chunk_kda_forward(*inputs, scale=call.scale, state=state, chunk_size=size)
@@ -144,7 +143,7 @@ def recurrent_kda(
 
 def _decode(call: Arguments) -> tuple[Tensor, Tensor]:
     """Run the recurrent Triton kernel."""
-    from kimi_convert.kernels.kda.chunk_triton import law_of
+    from kimi_convert.kernels.kda.chunk_gpu import law_of
     from kimi_convert.kernels.kda.decode import recurrent_kda_triton
 
     gate = call.gate
@@ -182,7 +181,12 @@ def _run_plain(call: Arguments, form: _Form) -> tuple[Tensor, Tensor]:
 
 
 def _backend(
-    where: str, call: Arguments, backend: Backend | str | None, refused: str | None
+    where: str,
+    call: Arguments,
+    backend: Backend | str | None,
+    refused: str | None,
+    *,
+    also: tuple[Backend, ...] = (),
 ) -> Backend:
     """Return what runs; Triton is refused where it is asked for and cannot.
 
@@ -191,8 +195,10 @@ def _backend(
         call: what is to run.
         backend: asked for.
         refused: why Triton cannot serve it, beyond what is checked here.
+        also: backends beyond torch and Triton that the function has.
     """
-    chosen = resolve_backend(backend, where=where, device=call.v.device, dtype=call.dtype)
+    device, dtype = call.v.device, call.dtype
+    chosen = resolve_backend(backend, where=where, device=device, dtype=dtype, also=also)
     if chosen is Backend.TORCH:
         return chosen
     problem = refused

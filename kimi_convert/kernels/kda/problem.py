@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 TILE_K = 64  # key channels that `intra` takes at a time
+TILE_V = 64  # value channels that the gradients take at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,11 @@ class Problem:
         """Allocate scratch or output in the operands' dtype, or another."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.v.device)
 
+    def aligned(self, values: Tensor, tile: int) -> bool:
+        """Whether tiles of values [B, T, HV, V] hold whole heads, and every row starts at 16 bytes."""
+        width = self.V * values.itemsize
+        return self.V % tile == 0 and width % 16 == 0 and values.data_ptr() % 16 == 0
+
     @property
     def packed(self) -> bool:
         """Whether the sequences lie one after another."""
@@ -109,6 +116,15 @@ class Problem:
     def precision(self) -> str:
         """How fp32 operands are multiplied: in three tf32 products; of no effect for others."""
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
+
+
+def allow_descriptors() -> None:
+    """Let kernels make tensor descriptors, which lie in memory that Triton asks PyTorch for."""
+    triton.set_allocator(_allocate)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def padded(size: int) -> int:

@@ -8,6 +8,8 @@ every product is a result of the one before, and stays in registers):
     S^T     = S^T diag(decay) + delta^T kg
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels ask ALIGNED twice; it is settled when they are compiled.
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -17,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_convert.kernels.kda.intra import Chunks
-from kimi_convert.kernels.kda.problem import Problem
+from kimi_convert.kernels.kda.chunks import Chunks
+from kimi_convert.kernels.kda.device import locate_sequence
+from kimi_convert.kernels.kda.problem import Problem, allow_descriptors
 
 
 @triton.jit
@@ -42,6 +45,7 @@ def kda_scan_kernel(
     # sizes
     length,
     num_chunks,
+    total_chunks,
     HV,
     # meta
     K: tl.constexpr,
@@ -52,24 +56,34 @@ def kda_scan_kernel(
     TILE_V: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    ALIGNED: tl.constexpr,  # tiles of v hold whole heads, and rows start at 16 bytes
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Run TILE_V value channels of one head of one sequence; ids are (sequence * HV + head, tile)."""
+    """Run TILE_V value channels of one head of one sequence; ids are (sequence * HV + head, tile).
+
+    Tiles come through descriptors, which a GPU's copy engine reads two chunks ahead; rows past the
+    end of a sequence are 0 and not written. All tensors contiguous.
+    """
     i_nh = tl.program_id(0).to(tl.int64)
     i_v = tl.program_id(1)
-    i_n = i_nh // HV
-    i_h = i_nh % HV
-    DTYPE: tl.constexpr = qg.dtype.element_ty
-    if PACKED:
-        start = tl.load(cu_seqlens + i_n).to(tl.int64)
-        stop = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
-        num_chunks = tl.load(chunk_offsets + i_n + 1) - tl.load(chunk_offsets + i_n)
-    else:
-        start = i_n * length
-        stop = start + length
-        first_chunk = i_n * num_chunks
+    i_h = (i_nh % HV).to(tl.int32)
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    start, tokens, first_chunk, num_chunks = locate_sequence(
+        i_nh // HV, cu_seqlens, chunk_offsets, length, num_chunks, PACKED
+    )
+    rows = total_chunks * HV * C
+    w_tiles = tl.make_tensor_descriptor(w, [rows, BK], [BK, 1], [C, BK])
+    qg_tiles = tl.make_tensor_descriptor(qg, [rows, BK], [BK, 1], [C, BK])
+    kg_tiles = tl.make_tensor_descriptor(kg, [rows, BK], [BK, 1], [C, BK])
+    reads_tiles = tl.make_tensor_descriptor(reads, [rows, C], [C, 1], [C, C])
+    solve_tiles = tl.make_tensor_descriptor(solve, [rows, C], [C, 1], [C, C])
+    v += start * HV * V
+    o += start * HV * V
+    if ALIGNED:
+        present = tl.maximum(tokens, 1)
+        v_tiles = tl.make_tensor_descriptor(v, [present, HV * V], [HV * V, 1], [C, TILE_V])
+        o_tiles = tl.make_tensor_descriptor(o, [present, HV * V], [HV * V, 1], [C, TILE_V])
     i = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * TILE_V + tl.arange(0, TILE_V)
@@ -79,26 +93,27 @@ def kda_scan_kernel(
     if HAS_INITIAL:
         state = tl.load(initial + p_state, mask=m_state, other=0).to(tl.float32)
 
-    i_ch = first_chunk * HV + i_h
+    i_ch = (first_chunk * HV + i_h).to(tl.int64)
     # The decay is no operand of a product, so it is fetched a chunk ahead by hand.
     next_decay = tl.load(decay + i_ch * BK + o_k)
     for i_c in tl.range(0, num_chunks, num_stages=STAGES):
-        p_ck = i_ch * C * BK + i[:, None] * BK + o_k[None, :]
-        p_cc = i_ch * C * C + i[:, None] * C + i[None, :]
-        o_t = start + i_c * C + i
-        p_tv = (o_t[:, None] * HV + i_h) * V + o_v[None, :]
-        m_tv = (o_t < stop)[:, None] & (o_v < V)[None, :]
+        row = (i_ch * C).to(tl.int32)
         b_decay = next_decay
         i_kept = i_ch
         i_ch += HV
         more = i_c + 1 < num_chunks
         next_decay = tl.load(decay + i_ch * BK + o_k, mask=o_k < tl.where(more, BK, 0), other=0)
-        b_v = tl.load(v + p_tv, mask=m_tv, other=0)
-        b_solve = tl.load(solve + p_cc)
-        b_w = tl.load(w + p_ck)
-        b_qg = tl.load(qg + p_ck)
-        b_kg = tl.load(kg + p_ck)
-        b_reads = tl.load(reads + p_cc)
+        p_tv = ((i_c * C + i)[:, None] * HV + i_h) * V + o_v[None, :]
+        m_tv = (i_c * C + i < tokens)[:, None] & (o_v < V)[None, :]
+        if ALIGNED:
+            b_v = v_tiles.load([i_c * C, i_h * V + i_v * TILE_V])
+        else:
+            b_v = tl.load(v + p_tv, mask=m_tv, other=0)
+        b_solve = solve_tiles.load([row, 0])
+        b_w = w_tiles.load([row, 0])
+        b_qg = qg_tiles.load([row, 0])
+        b_kg = kg_tiles.load([row, 0])
+        b_reads = reads_tiles.load([row, 0])
 
         b_state = state.to(DTYPE)
         delta = tl.dot(tl.trans(b_v), tl.trans(b_solve), input_precision=PRECISION)
@@ -110,7 +125,11 @@ def kda_scan_kernel(
             tl.store(deltas + (i_kept * BV + o_v[:, None]) * C + i[None, :], b_delta)
         state = tl.dot(b_delta, b_kg, acc=state * b_decay[None, :], input_precision=PRECISION)
         read = tl.dot(b_delta, tl.trans(b_reads), acc=read, input_precision=PRECISION)
-        tl.store(o + p_tv, tl.trans(read).to(o.dtype.element_ty), mask=m_tv)
+        b_o = tl.trans(read).to(o.dtype.element_ty)
+        if ALIGNED:
+            o_tiles.store([i_c * C, i_h * V + i_v * TILE_V], b_o)
+        else:
+            tl.store(o + p_tv, b_o, mask=m_tv)
     tl.store(final + p_state, state, mask=m_state)
 
 
@@ -136,11 +155,12 @@ def kda_scan(
         deltas=p.empty(*grid, p.BV, p.C) if for_gradients else None,
     )
     tile_v, stages = scan_tiles(p)
+    allow_descriptors()
     kda_scan_kernel[(p.N * p.HV, p.BV // tile_v)](
         *(chunks.w, chunks.qg, chunks.kg, chunks.reads, chunks.solve, chunks.decay),
         *(p.v, initial_state, p.cu_seqlens, p.chunk_offsets),
         *scanned,
-        *(p.T, p.num_chunks, p.HV),
+        *(p.T, p.num_chunks, p.total_chunks, p.HV),
         K=p.K,
         V=p.V,
         C=p.C,
@@ -149,6 +169,8 @@ def kda_scan(
         TILE_V=tile_v,
         PACKED=p.packed,
         HAS_INITIAL=initial_state is not None,
+        # With what is kept for gradients, three chunks of v too would not fit into shared memory.
+        ALIGNED=p.aligned(p.v, tile_v) and not for_gradients,
         PRECISION=p.precision,
         STAGES=stages,
         num_warps=4,
@@ -160,8 +182,9 @@ def scan_tiles(problem: Problem) -> tuple[int, int]:
     """Return the value channels of a program, and the chunks that it fetches ahead.
 
     The state of a tile is in registers, the operands of the chunks are in shared memory. T=8192
-    H=32 D=128 bf16 on an H200, ms for 1, 2 and 3 chunks: 64 channels 0.511, 0.319, 0.244; 32
-    channels 0.301 for 2; 128 channels (8 warps) 0.405 for 2.
+    H=32 D=128 bf16 on an H200, ms for 1, 2 and 3 chunks: 64 channels 0.740, 0.322, 0.189. Without
+    the copy engine: 64 channels 0.511, 0.317, 0.251; 32 channels 0.321 for 3; 128 channels (8
+    warps) 0.403 for 2.
     """
     half = problem.dtype.itemsize == 2
     if problem.BK > 128:

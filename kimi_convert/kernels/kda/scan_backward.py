@@ -7,6 +7,8 @@ With do the gradient of the output and dS that of the state after a chunk, per c
     dS^T     = dS^T diag(decay) + do^T qg - ddelta^T w
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels ask ALIGNED twice; it is settled when they are compiled.
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -16,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_convert.kernels.kda.intra import Chunks
-from kimi_convert.kernels.kda.problem import Problem
+from kimi_convert.kernels.kda.chunks import Chunks
+from kimi_convert.kernels.kda.device import locate_sequence
+from kimi_convert.kernels.kda.problem import Problem, allow_descriptors
 from kimi_convert.kernels.kda.scan import scan_tiles
 
 
@@ -48,6 +51,7 @@ def kda_scan_backward_kernel(
     # sizes
     length,
     num_chunks,
+    total_chunks,
     HV,
     # meta
     K: tl.constexpr,
@@ -58,24 +62,28 @@ def kda_scan_backward_kernel(
     TILE_V: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    ALIGNED: tl.constexpr,  # as in `scan`
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Run TILE_V value channels of one head of one sequence; ids are (sequence * HV + head, tile)."""
     i_nh = tl.program_id(0).to(tl.int64)
     i_v = tl.program_id(1)
-    i_n = i_nh // HV
-    i_h = i_nh % HV
+    i_h = (i_nh % HV).to(tl.int32)
     DTYPE: tl.constexpr = qg.dtype.element_ty
-    if PACKED:
-        start = tl.load(cu_seqlens + i_n).to(tl.int64)
-        stop = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-        first_chunk = tl.load(chunk_offsets + i_n).to(tl.int64)
-        num_chunks = tl.load(chunk_offsets + i_n + 1) - tl.load(chunk_offsets + i_n)
-    else:
-        start = i_n * length
-        stop = start + length
-        first_chunk = i_n * num_chunks
+    start, tokens, first_chunk, num_chunks = locate_sequence(
+        i_nh // HV, cu_seqlens, chunk_offsets, length, num_chunks, PACKED
+    )
+    rows = total_chunks * HV * C
+    w_tiles = tl.make_tensor_descriptor(w, [rows, BK], [BK, 1], [C, BK])
+    qg_tiles = tl.make_tensor_descriptor(qg, [rows, BK], [BK, 1], [C, BK])
+    kg_tiles = tl.make_tensor_descriptor(kg, [rows, BK], [BK, 1], [C, BK])
+    reads_tiles = tl.make_tensor_descriptor(reads, [rows, C], [C, 1], [C, C])
+    d_o += start * HV * V
+    if ALIGNED:
+        d_o_tiles = tl.make_tensor_descriptor(
+            d_o, [tl.maximum(tokens, 1), HV * V], [HV * V, 1], [C, TILE_V]
+        )
     i = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * TILE_V + tl.arange(0, TILE_V)
@@ -88,16 +96,18 @@ def kda_scan_backward_kernel(
     for i_step in tl.range(0, num_chunks, num_stages=STAGES):
         i_c = num_chunks - 1 - i_step
         i_ch = (first_chunk + i_c) * HV + i_h
-        p_ck = i_ch * C * BK + i[:, None] * BK + o_k[None, :]
-        p_cc = i_ch * C * C + i[:, None] * C + i[None, :]
-        o_t = start + i_c * C + i
-        p_tv = (o_t[:, None] * HV + i_h) * V + o_v[None, :]
-        m_tv = (o_t < stop)[:, None] & (o_v < V)[None, :]
-        b_do = tl.trans(tl.load(d_o + p_tv, mask=m_tv, other=0).to(DTYPE))
-        b_reads = tl.load(reads + p_cc)
-        b_kg = tl.load(kg + p_ck)
-        b_qg = tl.load(qg + p_ck)
-        b_w = tl.load(w + p_ck)
+        row = (i_ch * C).to(tl.int32)
+        if ALIGNED:
+            b_do = d_o_tiles.load([i_c * C, i_h * V + i_v * TILE_V])
+        else:
+            p_tv = ((i_c * C + i)[:, None] * HV + i_h) * V + o_v[None, :]
+            m_tv = (i_c * C + i < tokens)[:, None] & (o_v < V)[None, :]
+            b_do = tl.load(d_o + p_tv, mask=m_tv, other=0)
+        b_do = tl.trans(b_do.to(DTYPE))
+        b_reads = reads_tiles.load([row, 0])
+        b_kg = kg_tiles.load([row, 0])
+        b_qg = qg_tiles.load([row, 0])
+        b_w = w_tiles.load([row, 0])
         b_decay = tl.load(decay + i_ch * BK + o_k)
 
         b_dstate = d_state.to(DTYPE)
@@ -123,11 +133,12 @@ def kda_scan_backward(
         deltas=p.empty(*grid, p.BV, p.C),
     )
     tile_v, stages = scan_tiles(p)
+    allow_descriptors()
     kda_scan_backward_kernel[(p.N * p.HV, p.BV // tile_v)](
         *(chunks.w, chunks.qg, chunks.kg, chunks.reads, chunks.decay),
         *(d_output, d_final, p.cu_seqlens, p.chunk_offsets),
         *gradients,
-        *(p.T, p.num_chunks, p.HV),
+        *(p.T, p.num_chunks, p.total_chunks, p.HV),
         K=p.K,
         V=p.V,
         C=p.C,
@@ -136,6 +147,7 @@ def kda_scan_backward(
         TILE_V=tile_v,
         PACKED=p.packed,
         HAS_FINAL=d_final is not None,
+        ALIGNED=p.aligned(d_output, tile_v),
         PRECISION=p.precision,
         STAGES=stages,
         num_warps=4,

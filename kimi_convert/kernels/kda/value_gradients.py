@@ -7,10 +7,18 @@ With S the state before the chunk, x = (I + A)^-T ddelta and r = v - exp(G) k S:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from kimi_convert.kernels.kda.chunks import Chunks
 from kimi_convert.kernels.kda.device import locate_chunk
+from kimi_convert.kernels.kda.problem import TILE_K, TILE_V, Problem
+from kimi_convert.kernels.kda.scan import Scanned
+from kimi_convert.kernels.kda.scan_backward import ScanGradients
 
 
 @triton.jit
@@ -28,7 +36,7 @@ def kda_value_gradients_kernel(
     chunk_offsets,
     # outputs
     d_v,  # [T, HV, V]
-    d_beta,  # [T, HV], the part of the values
+    d_beta,  # [T, HV], the part of the values, of beta in (0, 1)
     d_reads,  # [N, HV, C, C]
     d_a,  # [N, HV, C, C]
     # sizes
@@ -45,6 +53,7 @@ def kda_value_gradients_kernel(
     TILE_K: tl.constexpr,
     TILE_V: tl.constexpr,
     PACKED: tl.constexpr,
+    BETA_LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one chunk of one value head; the program ids are (chunk of all sequences, head)."""
@@ -61,6 +70,8 @@ def kda_value_gradients_kernel(
     p_cc = i_ch * C * C + row * C + column
     b_inverse = tl.load(inverse + p_cc)
     b_beta = tl.load(beta + (start + i) * HV + i_h, mask=m_t, other=0).to(tl.float32)
+    if BETA_LOGITS:
+        b_beta = tl.where(m_t, tl.sigmoid(b_beta), 0)
     b_dbeta = tl.zeros([C], tl.float32)
     b_dreads = tl.zeros([C, C], tl.float32)
     b_da = tl.zeros([C, C], tl.float32)
@@ -86,3 +97,44 @@ def kda_value_gradients_kernel(
     tl.store(d_beta + (start + i) * HV + i_h, b_dbeta, mask=m_t)
     tl.store(d_reads + p_cc, tl.where(row >= column, b_dreads, 0).to(DTYPE))
     tl.store(d_a + p_cc, tl.where(row > column, -b_da, 0).to(DTYPE))
+
+
+class ValueGradients(NamedTuple):
+    """What the value channels give."""
+
+    v: Tensor  # [B, T, HV, V]
+    beta: Tensor  # [B, T, HV] fp32, the part of the values, of beta in (0, 1)
+    reads: Tensor  # [N, HV, C, C], 0 above the diagonal
+    a: Tensor  # [N, HV, C, C], 0 on the diagonal too
+
+
+def kda_value_gradients(
+    problem: Problem, chunks: Chunks, scanned: Scanned, d_output: Tensor, d_scan: ScanGradients
+) -> ValueGradients:
+    """Run the kernel; d_output [B, T, HV, V] is contiguous."""
+    p = problem
+    gradients = ValueGradients(
+        v=torch.empty_like(p.v),
+        beta=p.empty(*p.v.shape[:3], dtype=torch.float32),
+        reads=torch.empty_like(chunks.reads),
+        a=torch.empty_like(chunks.reads),
+    )
+    kda_value_gradients_kernel[(p.total_chunks, p.HV)](
+        *(p.v, p.beta, d_output, chunks.kd, chunks.inverse),
+        *(scanned.states, scanned.deltas, d_scan.deltas, p.cu_seqlens, p.chunk_offsets),
+        *gradients,
+        *(p.T, p.num_chunks, p.N, p.HV),
+        V=p.V,
+        C=p.C,
+        BK=p.BK,
+        BV=p.BV,
+        BN=p.BN,
+        TILE_K=TILE_K,
+        TILE_V=min(TILE_V, p.BV),
+        PACKED=p.packed,
+        BETA_LOGITS=p.beta_logits,
+        PRECISION=p.precision,
+        num_warps=4,
+        num_stages=1,
+    )
+    return gradients

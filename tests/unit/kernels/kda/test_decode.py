@@ -95,7 +95,10 @@ def test_starts_from_zeros_without_a_state(B, dtype):
     inputs = case("weak", 2, dtype, B=B, H=1)
     check(inputs)
     zeros = torch.zeros_like(make_state(inputs))
-    assert all(map(torch.equal, triton(inputs), triton(inputs, state=zeros)))
+    # Compiled apart, the two may order their sums differently.
+    for found, expected in zip(triton(inputs), triton(inputs, state=zeros), strict=True):
+        bound = 2 * torch.finfo(found.dtype).eps * expected.abs().max()
+        assert (found - expected).abs().max() <= bound
 
 
 @DTYPE
