@@ -5,16 +5,23 @@ Nothing here imports torch, so that help answers at once; each command imports w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kimi_convert import __version__
 from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
-from kimi_convert.commands._errors import InterruptError, UnexpectedError, as_error
+from kimi_convert.commands._errors import (
+    InterruptError,
+    LostOutputError,
+    UnexpectedError,
+    as_error,
+)
 from kimi_convert.commands._output import close_streams, show_error
 
 PROGRAM = "kimi-convert"
@@ -72,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process if None.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks must not end a run of hours.
         if isinstance(stream, TextIOWrapper):
@@ -81,13 +89,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close_streams()
     except typer.Exit as left:
         return left.exit_code
+    except LostOutputError as error:
+        show_error(error, as_json=False)
+        return error.exit_code
     return code
+
+
+def _open_closed_streams() -> None:
+    """Print to nowhere where the caller has closed a stream, as `>&-` does in a shell."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (until the end)
+            setattr(sys, name, nowhere)
 
 
 def _run(given: list[str]) -> int:
     as_json = "--json" in given
     try:
         code = app(given, prog_name=PROGRAM, standalone_mode=False)
+    except LostOutputError:
+        raise
     except Exception as caught:
         error = as_error(caught, program=PROGRAM)
         traced = isinstance(error, UnexpectedError) and not {"-v", "--verbose"}.isdisjoint(given)

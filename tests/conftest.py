@@ -46,6 +46,19 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA device")
 
 
+def pytest_sessionfinish(session):
+    """Tell the process that reports, where pytest-xdist has made this one for a part of the tests."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_left_out"] = session.config.stash[GPU_LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    # Each process collects, and leaves out, all tests.
+    told = getattr(node, "workeroutput", {}).get("gpu_left_out", 0)
+    node.config.stash[GPU_LEFT_OUT] = max(node.config.stash[GPU_LEFT_OUT], told)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     left_out = config.stash[GPU_LEFT_OUT]
     if left_out:
@@ -60,3 +73,11 @@ def needs_gpu(item):
 def known_seeds():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fitted_example(tmp_path_factory):
+    """Made once for all tests that only read it: a fit takes a while."""
+    from tests.integration.fitted_example import fit_example
+
+    return fit_example(tmp_path_factory.mktemp("fitted"))

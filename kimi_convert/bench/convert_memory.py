@@ -26,6 +26,7 @@ from kimi_convert.checkpoints.output import CONFIG_FILE
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.huggingface import parse_config
+from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import plan_conversion
 from kimi_convert.errors import KimiConvertError, ResourceError, VerificationError
 from kimi_convert.model.names.layout import expected_entries
@@ -108,7 +109,7 @@ def measure_conversion(folder: Path, document: Mapping[str, object]) -> ConvertM
     """
     source, output = folder / "source", folder / "output"
     write_sparse_checkpoint(source, document)
-    plan = plan_conversion(source, max_shard_bytes=_SHARD_BYTES)
+    plan = plan_conversion(source, Recipe(), max_shard_bytes=_SHARD_BYTES)
     arguments = ("convert", str(source), str(output), "--no-text", "--json")
     command = (sys.executable, "-m", "kimi_convert", *arguments)
     result_path = folder / "result.json"

@@ -1,16 +1,20 @@
 """The folder of the demo: a second run replaces what the first one made, and nothing else.
 
-A record in the folder lists every file that the demo made, with its size and time. Files are
-removed only if all that are listed are still as listed.
+A record in the folder lists every file that the demo made, with its size and time, and the places
+that it is filling just now. Files are removed only if each one found is as listed, or lies in a
+place that a killed or interrupted demo was filling.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import cast
 
+from kimi_convert.checkpoints.disk import disk_errors
 from kimi_convert.checkpoints.strict_json import as_object, parse_object
 from kimi_convert.errors import CheckpointError, OutputError
 
@@ -26,14 +30,25 @@ class DemoFolder:
     replaced: bool  # whether an earlier demo's output was removed
     _made: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
 
-    def made(self, *places: Path) -> None:
-        """Record files, and all files below folders, that the demo has just made."""
+    @contextmanager
+    def making(self, *places: Path) -> Generator[None]:
+        """Own what comes to lie at these places, files or folders, however the block ends."""
+        self.record(unfinished=places)
+        yield
         for place in places:
             for file in [place] if place.is_file() else sorted(place.rglob("*")):
                 if file.is_file():
-                    self._made[file.relative_to(self.path).as_posix()] = _stamp(file)
-        text = json.dumps({"files": self._made}, indent=2)
+                    self._made[self._name(file)] = _stamp(file)
+        self.record()
+
+    def record(self, *, unfinished: tuple[Path, ...] = ()) -> None:
+        """Write down what is the demo's own."""
+        names = [self._name(place) for place in unfinished]
+        text = json.dumps({"files": self._made, "unfinished": names}, indent=2)
         (self.path / RECORD).write_text(f"{text}\n", encoding="utf-8")
+
+    def _name(self, place: Path) -> str:
+        return place.relative_to(self.path).as_posix()
 
 
 def open_demo_folder(path: Path) -> DemoFolder:
@@ -41,6 +56,7 @@ def open_demo_folder(path: Path) -> DemoFolder:
 
     Raises:
         OutputError: it holds anything else; nothing is removed then.
+        ResourceError: it cannot be made or written.
     """
     if path.exists() and not path.is_dir():
         raise OutputError("output is not a folder", where=path, hint=_HINT)
@@ -51,16 +67,18 @@ def open_demo_folder(path: Path) -> DemoFolder:
     }
     if found:
         _check_own(path, found)
-        _remove(path)
-    path.mkdir(parents=True, exist_ok=True)
-    folder = DemoFolder(path, replaced=bool(found))
-    folder.made()
+    with disk_errors(path, doing="prepare the folder of the demo"):
+        if found:
+            _remove(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder = DemoFolder(path, replaced=bool(found))
+        folder.record()
     return folder
 
 
 def _check_own(path: Path, found: set[str]) -> None:
-    record = _read_record(path) if RECORD in found else {}
-    foreign = sorted(name for name in found - {RECORD} if record.get(name) != _stamp(path / name))
+    record = _read_record(path) if RECORD in found else _Record()
+    foreign = sorted(name for name in found - {RECORD} if not record.owns(name, path))
     if foreign or RECORD not in found:
         raise OutputError(
             "output folder holds files that the demo did not make",
@@ -70,12 +88,31 @@ def _check_own(path: Path, found: set[str]) -> None:
         )
 
 
-def _read_record(path: Path) -> dict[str, list[int]]:
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What an earlier demo wrote down; without it, no file counts as the demo's own."""
+
+    files: Mapping[str, object] = field(default_factory=dict[str, object])
+    unfinished: Sequence[object] = ()
+
+    def owns(self, name: str, folder: Path) -> bool:
+        """Tell whether a file is as it was made, or was being made when the demo ended."""
+        places = {name, *map(str, PurePosixPath(name).parents[:-1])}  # the last is the folder
+        return self.files.get(name) == _stamp(folder / name) or any(
+            place in places for place in self.unfinished
+        )
+
+
+def _read_record(path: Path) -> _Record:
     try:
         document = parse_object((path / RECORD).read_bytes(), where=path / RECORD)
     except CheckpointError:
-        return {}  # then no file counts as the demo's own
-    return cast("dict[str, list[int]]", as_object(document.get("files")) or {})
+        return _Record()
+    unfinished = document.get("unfinished")
+    return _Record(
+        as_object(document.get("files")) or {},
+        cast("list[object]", unfinished) if isinstance(unfinished, list) else (),
+    )
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from kimi_convert.commands._report import Heading, Report, Sentence
 from kimi_convert.commands.convert import conversion_report
 from kimi_convert.commands.export import export_report
 from kimi_convert.commands.inspect import checkpoint_report
-from kimi_convert.commands.plan import plan_report
+from kimi_convert.commands.plan import brief_plan
 from kimi_convert.commands.validate import brief_report
 
 if TYPE_CHECKING:
@@ -120,11 +120,12 @@ class _Demo:
         return summary
 
     def plan(self) -> ConversionPlan:
+        from kimi_convert.config.recipe import load_recipe
         from kimi_convert.conversion import plan_conversion
 
         with self._step("plan", self.source):
-            plan = plan_conversion(self.source)
-        self._show(plan_report(plan)[:2])
+            plan = plan_conversion(self.source, load_recipe(None))
+        self._show(brief_plan(plan))
         return plan
 
     def convert(self) -> ConversionResult:
@@ -147,20 +148,20 @@ class _Demo:
         """Convert the example by a recipe, or without text."""
         from kimi_convert.config.recipe import load_recipe, without_text
         from kimi_convert.conversion import convert_checkpoint
+        from kimi_convert.conversion.fitted import work_folder
 
         output = self.folder.path / name
         if recipe is None:
             options, chosen = ("--no-text",), without_text(load_recipe(None))
         else:
             path = self.folder.path / f"{name}.toml"
-            path.write_text(recipe, encoding="utf-8")
-            self.folder.made(path)
+            with self.folder.making(path):
+                path.write_text(recipe, encoding="utf-8")
             options, chosen = ("--recipe", str(path)), load_recipe(path)
+        making = self.folder.making(output, work_folder(output))
         step = self._step("convert", self.source, output, *options)
-        with step, self.output.progress() as progress:
-            result = convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
-        self.folder.made(output)
-        return result
+        with making, step, self.output.progress() as progress:
+            return convert_checkpoint(self.source, output, recipe=chosen, on_progress=progress)
 
     def validate(self) -> ValidationReport:
         report = self._validate(self.hybrid)
@@ -193,7 +194,7 @@ class _Demo:
 
         options = ("--dtype", "float32", "--max-shard-size", _EXPORT_SHARD_SIZE)
         step = self._step("export safetensors", self.hybrid, self.exported, *options)
-        with step, self.output.progress() as progress:
+        with self.folder.making(self.exported), step, self.output.progress() as progress:
             result = export_safetensors(
                 self.hybrid,
                 self.exported,
@@ -201,7 +202,6 @@ class _Demo:
                 dtype="float32",
                 on_progress=progress,
             )
-        self.folder.made(self.exported)
         self._show(export_report(result))
         return result
 

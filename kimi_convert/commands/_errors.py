@@ -27,6 +27,10 @@ class InterruptError(KimiConvertError):
     exit_code = 130
 
 
+class LostOutputError(ResourceError):
+    """The result cannot be printed: a full disk behind standard output."""
+
+
 def as_error(error: Exception, *, program: str) -> KimiConvertError:
     """Return the error to show for any exception."""
     if isinstance(error, KimiConvertError):

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kimi_convert.commands._errors import LostOutputError
 from kimi_convert.commands._progress import ProgressBar, ProgressLines
 from kimi_convert.commands._render import plain_lines, rich_group
 from kimi_convert.commands._report import Report
@@ -100,7 +101,7 @@ class Output:
             yield ProgressLines(self._message)
 
     def _message(self, text: str) -> None:
-        self._messages.print(Text(_printable(text)), soft_wrap=True)
+        _say(self._messages, Text(_printable(text)))
 
 
 def show_error(
@@ -119,9 +120,7 @@ def show_error(
         _write(sys.stdout, _json_text(error.to_json()))
         return
     console = _PipeConsole(stderr=True, highlight=False)
-    console.print(
-        Text.assemble(("error: ", "bold red"), _printable(error.message)), soft_wrap=True
-    )
+    _say(console, Text.assemble(("error: ", "bold red"), _printable(error.message)))
     details = (
         ("where", error.where),
         ("expected", error.expected),
@@ -130,8 +129,7 @@ def show_error(
     )
     for label, text in details:
         if text:
-            line = Text.assemble((f"  {label + ':':<10}", "dim"), _printable(text))
-            console.print(line, soft_wrap=True)
+            _say(console, Text.assemble((f"  {label + ':':<10}", "dim"), _printable(text)))
 
 
 def close_streams() -> None:
@@ -165,14 +163,36 @@ def _write(stream: TextIO, text: str) -> None:
         stream.flush()
     except BrokenPipeError:
         _leave()
+    except OSError as error:
+        _to_nowhere(stream)
+        if stream is sys.stdout:
+            raise LostOutputError(
+                "standard output cannot be written",
+                found=error.strerror or "",
+                hint="Free space where it goes, or send it elsewhere.",
+            ) from error
+
+
+def _say(console: Console, text: Text) -> None:
+    """Print on stderr; where that takes nothing, the exit code must do."""
+    try:
+        console.print(text, soft_wrap=True)
+    except OSError:
+        _to_nowhere(sys.stderr)
 
 
 def _leave() -> NoReturn:
-    """Stop because nobody reads; what is still buffered goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
+    """Stop because nobody reads."""
+    _to_nowhere(sys.stdout)
+    _to_nowhere(sys.stderr)
     raise typer.Exit(_BROKEN_PIPE_EXIT_CODE)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Let go of what is still buffered and of what is yet to come."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _json_text(document: Mapping[str, object]) -> str:

@@ -82,6 +82,8 @@ def _percent(event: ProgressEvent) -> int:
 
 
 def _amounts(event: ProgressEvent) -> str:
+    if event.unit == "%":
+        return event.detail or "done"
     if event.unit == "bytes":
         return f"{bytes_text(event.done)} of {bytes_text(event.total)}"
     return f"{event.done} of {event.total} {event.unit}"

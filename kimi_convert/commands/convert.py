@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +26,7 @@ from kimi_convert.commands._options import (
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
 from kimi_convert.commands.plan import plan_report, runtimes_table
+from kimi_convert.errors import ResourceError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
@@ -83,23 +86,18 @@ def convert(
     The output folder appears whole or not at all, and the same call gives the same bytes.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.config.recipe import load_recipe, with_layers, with_training, without_text
     from kimi_convert.conversion import convert_checkpoint, plan_conversion
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    chosen, limit = load_recipe(recipe), parse_byte_size(max_shard_size)
-    if no_text:
-        chosen = without_text(chosen)
-    chosen = with_training(chosen, align_steps=align, distill_tokens=distill)
-    if layers is not None:
-        chosen = with_layers(chosen, layers)
+    chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
+    limit = parse_byte_size(max_shard_size)
     if dry_run:
         plan = plan_conversion(source, chosen, max_shard_bytes=limit)
         output.show(plan, lambda: plan_report(plan))
         return
     if chosen.calibration is not None:
         output.note(_cost_text(source, chosen, device))
-    with output.progress() as on_progress:
+    with _resumable(output_folder, output), output.progress() as on_progress:
         result = convert_checkpoint(
             source,
             output_folder,
@@ -128,6 +126,41 @@ def conversion_report(result: ConversionResult) -> Report:
     if result.fit is not None:
         sections = (*sections, *fit_report(result.fit))
     return (*sections, runtimes_table(plan))
+
+
+def _recipe(
+    path: Path | None,
+    *,
+    layers: str | None,
+    align: int | None,
+    distill: int | None,
+    no_text: bool,
+) -> Recipe:
+    """Return the recipe of the file, or the default one, with what the options change in it."""
+    from kimi_convert.config.recipe import load_recipe, with_layers, with_training, without_text
+
+    recipe = load_recipe(path)
+    if no_text:
+        recipe = without_text(recipe)
+    recipe = with_training(recipe, align_steps=align, distill_tokens=distill)
+    return recipe if layers is None else with_layers(recipe, layers)
+
+
+@contextmanager
+def _resumable(folder: Path, output: Output) -> Generator[None]:
+    """Say, where a fit ends before its time, what is kept of it."""
+    from kimi_convert.conversion.fitted import work_folder
+
+    try:
+        yield
+    except (KeyboardInterrupt, ResourceError, VerificationError):
+        work = work_folder(folder)
+        if work.is_dir():
+            output.note(
+                f"finished layers are kept in {work}: the same command goes on from there; "
+                "remove it to start anew"
+            )
+        raise
 
 
 def _cost_text(source: Path, recipe: Recipe, device: str) -> str:

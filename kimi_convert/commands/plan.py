@@ -16,7 +16,7 @@ from kimi_convert.commands._options import (
     VerboseOpt,
 )
 from kimi_convert.commands._output import Output
-from kimi_convert.commands._report import Facts, Report, Table
+from kimi_convert.commands._report import Facts, Report, Sentence, Table
 
 if TYPE_CHECKING:
     from kimi_convert.conversion import ConversionPlan
@@ -51,8 +51,13 @@ def plan(
 
 def plan_report(plan: ConversionPlan) -> Report:
     """Return what `plan` shows."""
-    sections = (_sizes(plan), _layers(plan), _rules(plan), runtimes_table(plan), _recipe(plan))
+    sections = (*brief_plan(plan), _rules(plan), runtimes_table(plan), _recipe(plan))
     return (*sections, _dropped(plan)) if plan.dropped else sections
+
+
+def brief_plan(plan: ConversionPlan) -> Report:
+    """Return sizes and layers alone."""
+    return (_sizes(plan), _layers(plan), *_choice(plan))
 
 
 def runtimes_table(plan: ConversionPlan) -> Table:
@@ -78,7 +83,7 @@ def _sizes(plan: ConversionPlan) -> Facts:
                 f"{bytes_text(plan.write_bytes)} of weights in {files_text(len(plan.shards.shards))}",
             ),
             ("copied bit for bit", bytes_text(plan.copied_bytes)),
-            ("tensors in memory", f"{bytes_text(plan.peak_memory_bytes)} at most"),
+            ("memory to write it", f"tensors of {bytes_text(plan.peak_memory_bytes)} at most"),
         ),
     )
 
@@ -88,6 +93,19 @@ def _layers(plan: ConversionPlan) -> Table:
     mixers = (("MLA to KDA", target.kda_layers), ("MLA stays, without RoPE", target.mla_layers))
     rows = tuple((what, str(len(layers)), layers_text(layers)) for what, layers in mixers)
     return Table("Layers, counted from 0", ("mixer", "layers", "which"), rows, right=("layers",))
+
+
+def _choice(plan: ConversionPlan) -> tuple[Sentence, ...]:
+    """Say where the layers above are not the last word."""
+    if not plan.recipe.choose_layers:
+        return ()
+    count = len(plan.target_config.mla_layers)
+    return (
+        Sentence(
+            f"Which {count} layers stay MLA is measured by `convert`; planned is the released "
+            "pattern, and any other writes as much."
+        ),
+    )
 
 
 def _rules(plan: ConversionPlan) -> Table:

@@ -13,7 +13,7 @@ class ProgressEvent:
     stage: str  # a short phrase for people: "writing shards"
     done: int
     total: int
-    unit: str  # "bytes", "tokens", "tensors", "layers"
+    unit: str  # "bytes", "tokens", "tensors", "layers"; "%" where no count says anything
     detail: str = ""  # what is being worked on: a file, a tensor, a layer
 
 

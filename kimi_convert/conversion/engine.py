@@ -40,6 +40,7 @@ from kimi_convert.conversion.provenance import (
     provenance,
 )
 from kimi_convert.conversion.rules import Op
+from kimi_convert.conversion.source_values import not_finite_error
 from kimi_convert.conversion.transforms import TRANSFORMS, Job
 from kimi_convert.errors import CheckpointError
 
@@ -113,7 +114,8 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     source, output = Path(source), Path(output)
-    assert (recipe is not None and recipe.calibration is not None) == (fit is not None)
+    recipe = recipe or Recipe()
+    assert (recipe.calibration is not None) == (fit is not None)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
     with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:
@@ -181,7 +183,7 @@ class _Worker:
         dtype = self._plan.index.spec(name).dtype
         for chunk in self._reader.chunks(name):
             if dtype in FLOATS and find_non_finite(chunk, dtype) is not None:
-                raise _not_finite(name, self._plan.source)
+                raise not_finite_error(name, self._plan.source)
             yield chunk
 
     def _made(self, task: TensorTask) -> memoryview:
@@ -220,7 +222,7 @@ class _Worker:
     def _wide(self, name: str) -> torch.Tensor:
         tensor = self._reader.tensor(name).float()
         if not bool(tensor.isfinite().all()):
-            raise _not_finite(name, self._plan.source)
+            raise not_finite_error(name, self._plan.source)
         return tensor
 
     def _report(self, name: str) -> None:
@@ -237,12 +239,3 @@ def _one_thread() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _not_finite(name: str, source: Path) -> CheckpointError:
-    return CheckpointError(
-        f"tensor {name!r} holds values that are not finite",
-        where=source,
-        expected="no NaN and no Inf",
-        hint="`kimi-convert validate` finds every such tensor; download the checkpoint again.",
-    )

@@ -6,11 +6,14 @@ complete: after an interrupt the same call goes on from there.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe, default_recipe
@@ -18,6 +21,10 @@ from kimi_convert.conversion import engine
 from kimi_convert.conversion.calibration.run import calibrate
 from kimi_convert.conversion.engine import ConversionResult
 from kimi_convert.conversion.plan import DEFAULT_MAX_SHARD_BYTES, plan_conversion
+from kimi_convert.conversion.source_values import check_source_values
+from kimi_convert.errors import InputError
+from kimi_convert.model.text import read_documents
+from kimi_convert.model.tokenizer import load_tokenizer
 
 WORK_SUFFIX = ".calibration"
 
@@ -62,17 +69,17 @@ def convert_checkpoint(
             max_shard_bytes=max_shard_bytes,
             on_progress=on_progress,
         )
-    # Whatever would refuse the writing must refuse it before minutes of fitting.
+    text = bundled_text() if text is None else Path(text)
+    # Whatever would refuse the source or the writing must refuse it before minutes of fitting.
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     _check_output(output, source=source, nbytes=plan.write_bytes)
-    fit = calibrate(
-        source,
-        output.with_name(output.name + WORK_SUFFIX),
-        recipe=recipe,
-        text=text,
-        device=device,
-        on_progress=on_progress,
-    )
+    _check_text(text, source)
+    check_source_values(plan, on_progress)
+    work = work_folder(output)
+    with _removed_if_refused(work):
+        fit = calibrate(
+            source, work, recipe=recipe, text=text, device=device, on_progress=on_progress
+        )
     result = engine.convert_checkpoint(
         source,
         output,
@@ -85,6 +92,12 @@ def convert_checkpoint(
     return result
 
 
+def work_folder(output: Path) -> Path:
+    """Return the folder of finished layers, beside the output."""
+    named = output.resolve() if output.name in ("", "..") else output
+    return named.with_name(named.name + WORK_SUFFIX)
+
+
 class _Checked(Exception):  # noqa: N818  (a way out, not an error)
     """Leaves an output folder as it was."""
 
@@ -93,3 +106,21 @@ def _check_output(output: Path, *, source: Path, nbytes: int) -> None:
     with suppress(_Checked), open_output(output, source=source) as target:
         target.require_space(nbytes)
         raise _Checked
+
+
+def _check_text(text: Path, source: Path) -> None:
+    """Read one document and the tokenizer: what is plainly wrong shows at once."""
+    load_tokenizer(source)
+    next(iter(read_documents(text)), None)
+
+
+@contextmanager
+def _removed_if_refused(work: Path) -> Generator[None]:
+    """Leave no folder of a fit that its input rules out, unless there was one before."""
+    existed = work.exists()
+    try:
+        yield
+    except InputError:
+        if not existed:
+            shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -17,7 +17,7 @@ from kimi_convert.checkpoints.mapping import Dropped, Entry, Match, Storage
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.recipe import Recipe, default_recipe
 from kimi_convert.conversion.rules import FITTED_TARGETS, RULES, Op, Rule
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
@@ -122,7 +122,7 @@ def plan_conversion(
 
     Args:
         source: config.json and safetensors of a full-attention MLA model.
-        recipe: None for the defaults.
+        recipe: None for the default, which is fitted to text.
         max_shard_bytes: of each file of weights, its header included.
 
     Raises:
@@ -131,7 +131,7 @@ def plan_conversion(
         MappingError: the rules do not fit the model, which is a fault of kimi-convert.
         RecipeError: the recipe does not fit the model.
     """
-    source, recipe = Path(source), recipe or Recipe()
+    source, recipe = Path(source), recipe or default_recipe()
     source_config = read_config(source)
     # Layers that a calibration will choose are planned where the released pattern has them.
     target = target_config(source_config, replace(recipe, choose_layers=False))

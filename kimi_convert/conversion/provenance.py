@@ -1,7 +1,7 @@
 """conversion.json: where every tensor of a converted checkpoint came from, and its hashes.
 
 No times and no absolute paths: the same conversion on the same kind of machine gives the same
-bytes, whatever the number of threads.
+bytes; a fit also needs the same number of threads for that.
 """
 
 from __future__ import annotations

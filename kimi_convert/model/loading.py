@@ -7,13 +7,14 @@ checkpoints store one by one, are stacked here and nowhere else. Values are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.reader import CheckpointReader
@@ -127,7 +128,7 @@ class LayerLoader:
 
     def embedding(self) -> nn.Embedding:
         """Load the token embedding."""
-        with torch.device("meta"):
+        with _Unfilled(), torch.device("meta"):
             embedding = nn.Embedding(
                 self.config.vocab_size, self.config.hidden_size, dtype=self.dtype
             )
@@ -136,14 +137,14 @@ class LayerLoader:
 
     def layer(self, layer_idx: int) -> DecoderLayer:
         """Load one decoder layer, counted from 0."""
-        with torch.device("meta"):
+        with _Unfilled(), torch.device("meta"):
             layer = DecoderLayer(self.config, layer_idx, self.numerics, dtype=self.dtype)
         self._fill(layer, f"layers.{layer_idx}.")
         return layer
 
     def head(self) -> Head:
         """Load the final norm and the output matrix."""
-        with torch.device("meta"):
+        with _Unfilled(), torch.device("meta"):
             width, eps = self.config.hidden_size, self.config.rms_norm_eps
             norm = RmsNorm(width, eps=eps, dtype=self.dtype)
             head = Head(self.config, norm, dtype=self.dtype)
@@ -153,7 +154,7 @@ class LayerLoader:
 
     def whole_model(self) -> KimiLinear | MlaTransformer:
         """Load everything."""
-        with torch.device("meta"):
+        with _Unfilled(), torch.device("meta"):
             model = _MODELS[self.config.model_type](self.config, self.numerics, dtype=self.dtype)
         self._fill(model.embed, "embed.")
         for layer_idx, layer in enumerate(model.layers):
@@ -173,7 +174,7 @@ class LayerLoader:
         for name, parameter in list(module.named_parameters()):
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
-            values = torch.empty_like(parameter, device=self.device)
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
             if isinstance(owner, Experts):
                 for expert, part in enumerate(values):
                     self._read(f"{prefix}{path}.{expert}.{leaf}.weight", into=part)
@@ -185,3 +186,22 @@ class LayerLoader:
 
     def _read(self, param: str, *, into: torch.Tensor) -> None:
         into.copy_(self.reader.tensor(self.stored_names[param]))
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what modules fill their parameters with: every value is read from a file.
+
+    The first random number without memory would also make torch import 900 modules, for 1 s.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_config, write_tiny_checkpoint
+from tests.unit.model.tokenizer_folders import write_tiktoken_folder
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"
@@ -19,7 +20,9 @@ LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64
 
 
 def good_source(folder):
-    return write_tiny_checkpoint(folder, tiny_config("deepseek_v3"))
+    """Write a model with a tokenizer, so that nothing but what is broken later can be at fault."""
+    write_tiny_checkpoint(folder, tiny_config("deepseek_v3", vocab_size=300))
+    return write_tiktoken_folder(folder)
 
 
 def truncated_shard(folder):
@@ -150,26 +153,27 @@ def change_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-BROKEN_SOURCES = (
-    truncated_shard,
-    overlapping_tensors,
-    lfs_pointer,
-    index_outside_the_folder,
-    missing_tensor,
-    extra_tensor,
-    nan_weight,
-    nan_in_a_mixer,
-    infinite_expert,
-    wrong_shape,
-    integer_weights,
-    pickle_only,
-    unknown_architecture,
-    already_converted,
-    contradicting_config,
-    quantised,
-    missing_shard,
-    missing_index,
-    missing_config,
-    empty_folder,
-    config_that_is_not_json,
-)
+# Each with words of the error that it must give, message or found.
+BROKEN_SOURCES = {
+    truncated_shard: "cut off",
+    overlapping_tensors: "overlap",
+    lfs_pointer: "Git LFS pointer",
+    index_outside_the_folder: "../secret.safetensors",
+    missing_tensor: "1 missing: 'model.norm.weight'",
+    extra_tensor: "1 unknown: 'surprise'",
+    nan_weight: "'model.norm.weight' holds values that are not finite",
+    nan_in_a_mixer: "'model.layers.1.self_attn.kv_b_proj.weight' holds values that are not finite",
+    infinite_expert: "'model.layers.2.mlp.experts.3.up_proj.weight' holds values",
+    wrong_shape: "'model.norm.weight' has the wrong shape",
+    integer_weights: "I32",
+    pickle_only: "pickle",
+    unknown_architecture: "'llama'",
+    already_converted: "cannot be converted",
+    contradicting_config: "num_experts_per_tok",
+    quantised: "quantised",
+    missing_shard: FIRST,
+    missing_index: f"no {INDEX}",
+    missing_config: "config.json is missing",
+    empty_folder: "config.json is missing",
+    config_that_is_not_json: "not readable JSON",
+}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kimi_convert.cli import main
+from kimi_convert.conversion import fitted
 from tests.integration.broken import (
     BROKEN_SOURCES,
     good_source,
@@ -43,18 +44,24 @@ def source(tmp_path):
     return good_source(tmp_path / "source")
 
 
+@pytest.mark.parametrize("options", [(), ("--no-text",)], ids=["fitted", "no-text"])
 @pytest.mark.parametrize("break_it", BROKEN_SOURCES, ids=lambda function: function.__name__)
-def test_broken_source_is_refused_and_leaves_no_output(source, tmp_path, capsys, break_it):
+def test_broken_source_is_refused_and_leaves_nothing(
+    source, tmp_path, capsys, monkeypatch, break_it, options
+):
+    monkeypatch.setattr(fitted, "calibrate", no_fit)
     break_it(source)
     before = files_of(source)
     output = tmp_path / "made" / "output"
-    code, error = error_of(capsys, "convert", source, output)
+    code, error = error_of(capsys, "convert", source, output, *options)
     assert code == error["exit_code"] == 3
-    assert error["message"]
-    assert error["type"] != "UnexpectedError"
-    assert not output.exists()
+    assert BROKEN_SOURCES[break_it] in f"{error['message']}; {error['found']}"
     assert not output.parent.exists()
     assert files_of(source) == before
+
+
+def no_fit(*_, **__):
+    raise AssertionError("minutes of fitting were begun")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,19 @@ def test_plan_refuses_what_convert_refuses(source, capsys, break_it):
     break_it(source)
     code, error = error_of(capsys, "plan", source)
     assert code == error["exit_code"] == 3
+
+
+@pytest.mark.parametrize("name", ["no-such-file.jsonl", "text.csv", "broken.jsonl"])
+def test_bad_calibration_text_is_refused_before_a_weight_is_read(
+    source, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(fitted, "check_source_values", no_fit)
+    (tmp_path / "broken.jsonl").write_text("{")
+    text = tmp_path / name
+    code, error = error_of(capsys, "convert", source, tmp_path / "out", "--calibration", text)
+    assert code == 3
+    assert str(text) in error["where"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "source"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "model.safetensors"])

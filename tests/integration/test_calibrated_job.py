@@ -8,44 +8,30 @@ import shutil
 import pytest
 
 from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
-from kimi_convert.conversion.calibration.moves import MOVES
-from kimi_convert.conversion.calibration.search import search_mixer
 from tests.integration.command_line import run_here
+from tests.integration.fitted_example import searching_few_moves, write_small_recipe
 
-RECIPE = """\
-[calibration]
-tokens = 6144
-sequence_length = 128
-search_tokens = 2048
-validation_tokens = 1024
-"""
+pytestmark = pytest.mark.slow
+
 MEASURED = ("--text", str(heldout_text()), "--sequence-length", "128", "--max-tokens", "3072")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_moves():
     """A search of four moves: the rest of the table has tests of its own."""
-    wanted = ("basis", "beta", "decay", "value taps")
-    few = tuple(move for move in MOVES if move.name in wanted)[: len(wanted)]
-    with pytest.MonkeyPatch.context() as patch:
-        defaults = {**search_mixer.__kwdefaults__, "moves": few}
-        patch.setattr(search_mixer, "__kwdefaults__", defaults)
+    with searching_few_moves():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "small.toml"
-    path.write_text(RECIPE)
-    return path
+    return write_small_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, recipe):
-    output = tmp_path_factory.mktemp("job") / "hybrid"
-    done = run_here("convert", example_checkpoint(), output, "--recipe", recipe)
-    assert done.returncode == 0, done.stderr
-    return done, output
+@pytest.fixture
+def converted(fitted_example):
+    assert fitted_example.done.returncode == 0, fitted_example.done.stderr
+    return fitted_example.done, fitted_example.output
 
 
 def quality_of(output):
@@ -58,7 +44,7 @@ def quality_of(output):
 
 def test_cost_is_told_before_and_the_fit_after(converted):
     done, _ = converted
-    assert done.stderr.startswith("fitting to 6144 tokens: about ")
+    assert done.stderr.startswith("fitting to 3072 tokens: about ")
     for words in ("that fitted nothing", "as KDA", "released pattern", "KL to the teacher"):
         assert words in done.stdout
 
@@ -73,10 +59,10 @@ def test_fitted_hybrid_is_nearer_to_its_teacher_than_a_copied_one(converted, tmp
 def test_fit_stands_in_the_provenance(converted):
     document = json.loads((converted[1] / "conversion.json").read_text())
     fit = document["calibration"]
-    assert fit["tokens"] == 6144
+    assert fit["tokens"] == 3072
     assert fit["kept"] == document["layers"]["mla"]
     assert [layer["layer"] for layer in fit["layers"]] == list(range(8))
-    assert document["recipe"]["calibration"]["tokens"] == 6144
+    assert document["recipe"]["calibration"]["tokens"] == 3072
     assert document["recipe"]["keep_layers"] == fit["kept"]
 
 
@@ -130,7 +116,7 @@ def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
         text,
     )
     assert done.returncode == 3
-    assert "6144 tokens" in done.stderr
+    assert "3072 tokens" in done.stderr
 
 
 def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):

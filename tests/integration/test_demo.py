@@ -10,22 +10,25 @@ import pytest
 from kimi_convert.commands import _demo_steps
 from tests.integration.command_line import run_here
 
+pytestmark = pytest.mark.slow
+
 SMALL = """\
 [init]
 method = "{}"  # the search has a test of its own
 [calibration]
-tokens = 2048
+tokens = 1024
 sequence_length = 64
-search_tokens = 512
-validation_tokens = 256
+search_tokens = 256
+validation_tokens = 128
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_tokens():
-    """Measure on an eighth of the text."""
+    """Measure on little text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_demo_steps, "_TOKENS_PER_KIND", 512)
+        patch.setattr(_demo_steps, "_NEW_TOKENS", 8)
         patch.setattr(_demo_steps, "RECIPE", SMALL.format("naive"))
         patch.setattr(_demo_steps, "KIL_RECIPE", SMALL.format("kil"))
         yield

@@ -29,8 +29,10 @@ transformers = pytest.importorskip("transformers")
 NATIVE, MLX = "transformers (native, 5.23 and later)", "mlx-lm"
 YARN = {"rope_scaling": yarn(0.707, 0.707)}
 V2_LITE = {**YARN, "n_shared_experts": 2}
+FITTED = "example-fitted"  # as `demo` does: mixers searched, rotation folded, layers chosen
 CASES = {
     "example": (None, {}, None),
+    FITTED: (None, {}, None),
     "v3": ("deepseek_v3", {}, None),
     "v3-q_lora-groups-yarn": (
         "deepseek_v3",
@@ -70,6 +72,8 @@ def hybrid(request, tmp_path_factory):
     kind, fields, keep = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     source = example_checkpoint()
+    if request.param == FITTED:
+        return request.getfixturevalue("fitted_example").output
     if kind is not None:
         source = write_tiny_checkpoint(folder / "source", tiny_source(kind, fields), seed=3)
     result = convert_checkpoint(source, folder / "hybrid", recipe=Recipe(keep_layers=keep))

@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import typer.main
 
 import kimi_convert
 from kimi_convert import cli, errors
+from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.model import summary
 from tests.integration.command_line import command, environment, run_cli
 
@@ -217,12 +219,47 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_reader_that_leaves_early_ends_the_command_quietly(tmp_path):
     with subprocess.Popen(
-        command("doctor"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command("inspect", example_checkpoint()),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         process.stdout.close()
         said = process.stderr.read()
         assert process.wait() == 141
     assert said == b""
+
+
+def run_into(stdout, stderr, *arguments):
+    """Run with the streams sent elsewhere, in a shell's words; return the exit code and the rest."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" >{stdout} 2>{stderr}', "sh", *command(*arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_full_disk_behind_stdout_is_told_on_stderr_with_exit_5(options):
+    code, _, said = run_into("/dev/full", "&2", "inspect", example_checkpoint(), *options)
+    assert code == 5
+    lines = said.splitlines()
+    assert lines[0] == "error: standard output cannot be written"
+    assert lines[1].split(maxsplit=1) == ["found:", "No space left on device"]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", "&-"])
+def test_stderr_that_takes_nothing_leaves_the_exit_code(stderr):
+    assert run_into("&1", stderr, "inspect", "/nonexistent") == (3, "", "")
+
+
+def test_closed_stdout_is_no_error():
+    assert run_into("&-", "&2", "inspect", example_checkpoint()) == (0, "", "")
 
 
 def test_pipe_gets_plain_text():

@@ -19,6 +19,7 @@ from kimi_convert.bench.convert_memory import (
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.huggingface import config_to_json, parse_config, read_config
+from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import plan_conversion
 from kimi_convert.errors import ConfigError, VerificationError
 from kimi_convert.model.names.layout import expected_entries
@@ -56,7 +57,7 @@ def test_folder_that_exists_is_not_written_into(tmp_path):
 
 def test_measured_conversion_is_a_real_one(tmp_path):
     measured = measure_conversion(tmp_path, TINY)
-    plan = plan_conversion(tmp_path / "source")
+    plan = plan_conversion(tmp_path / "source", Recipe())
     assert measured.read_bytes == plan.read_bytes
     assert measured.planned_peak_bytes == plan.peak_memory_bytes
     assert measured.written_bytes == sum(

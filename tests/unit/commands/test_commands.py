@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.cli import main
+from kimi_convert.conversion import fitted
+from kimi_convert.errors import ResourceError
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 
@@ -78,6 +80,39 @@ def test_inspect_shortens_a_long_list_of_files(capsys, tmp_path):
     folder = write_tiny_checkpoint(tmp_path / "many", tiny_config("deepseek_v3"), num_shards=14)
     _, out, _ = run(capsys, "inspect", folder)
     assert "and 4 more" in out
+
+
+@pytest.mark.parametrize(("keep", "said"), [("auto", True), ("released", False), ([1], False)])
+def test_plan_says_where_layers_are_still_to_be_chosen(capsys, tmp_path, keep, said):
+    source = write_tiny_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[layers]\nkeep = {json.dumps(keep)}\n")
+    code, out, _ = run(capsys, "plan", source, "--recipe", recipe)
+    assert code == 0
+    assert ("Which 1 layers stay MLA is measured" in out) == said
+
+
+STOPPED = [
+    pytest.param(KeyboardInterrupt(), 130, id="interrupt"),
+    pytest.param(ResourceError("disk full"), 5, id="full-disk"),
+]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["nothing-kept", "layers-kept"])
+@pytest.mark.parametrize(("error", "exit_code"), STOPPED)
+def test_convert_that_is_stopped_says_what_is_kept(
+    capsys, tmp_path, monkeypatch, error, exit_code, begun
+):
+    def stopped(source, output, **_):
+        if begun:
+            fitted.work_folder(output).mkdir()
+        raise error
+
+    monkeypatch.setattr(fitted, "convert_checkpoint", stopped)
+    code, _, err = run(capsys, "convert", example_checkpoint(), tmp_path / "out")
+    assert code == exit_code
+    kept = f"finished layers are kept in {tmp_path / 'out.calibration'}: the same command goes on"
+    assert (kept in err) == begun
 
 
 def test_validate_passes_a_whole_checkpoint(capsys, checkpoint):

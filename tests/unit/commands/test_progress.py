@@ -51,6 +51,17 @@ def test_each_stage_is_told():
     assert lines_of([(0, writing(1000)), (0, other)])[-1] == "hashing: 100% (2.0 MB of 2.0 MB)"
 
 
+def test_share_is_told_with_what_is_worked_on_in_place_of_amounts():
+    events = [
+        (11, ProgressEvent("fitting", 250, 800, "%", "layer 2")),
+        (12, ProgressEvent("fitting", 800, 800, "%")),
+    ]
+    assert lines_of([(0, ProgressEvent("fitting", 0, 800, "%", "layer 0")), *events]) == [
+        "fitting: 31% (layer 2)",
+        "fitting: 100% (done)",
+    ]
+
+
 def test_stage_of_nothing_is_complete():
     assert lines_of([(0, writing(0, total=0))]) == ["writing: 100% (0 of 0 tensors)"]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.recipe import Recipe, default_recipe
 from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.plan import plan_conversion
 from kimi_convert.conversion.rules import Op
@@ -40,7 +40,7 @@ def source(tmp_path):
 def test_files_are_as_planned_to_the_byte(name, max_shard_bytes, tmp_path):
     kind, fields = SHAPES[name]
     source = write_tiny_checkpoint(tmp_path / "in", tiny_config(kind, **fields))
-    plan = plan_conversion(source, max_shard_bytes=max_shard_bytes)
+    plan = plan_conversion(source, Recipe(), max_shard_bytes=max_shard_bytes)
     convert_checkpoint(source, tmp_path / "out", max_shard_bytes=max_shard_bytes)
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")}
     assert {file["name"]: file["size"] for file in plan.to_json()["files"]} == written
@@ -57,8 +57,12 @@ def test_files_are_as_planned_to_the_byte(name, max_shard_bytes, tmp_path):
     }
 
 
+def test_default_is_what_convert_does_by_default(source):
+    assert plan_conversion(source).to_json() == plan_conversion(source, default_recipe()).to_json()
+
+
 def test_bytes_read_and_copied_are_counted_once(source):
-    plan = plan_conversion(source)
+    plan = plan_conversion(source, Recipe())
     assert plan.read_bytes == plan.index.nbytes
     copied = {task.sources[0] for task in plan.tasks if task.op is Op.COPY}
     assert plan.copied_bytes == sum(plan.index.spec(name).nbytes for name in copied)
@@ -66,7 +70,7 @@ def test_bytes_read_and_copied_are_counted_once(source):
 
 
 def test_tensors_are_in_the_order_in_which_a_model_runs(source):
-    tasks = plan_conversion(source).tasks
+    tasks = plan_conversion(source, Recipe()).tasks
     assert tasks[0].tensor.name == "model.embed_tokens.weight"
     assert [task.tensor.name for task in tasks[-2:]] == ["model.norm.weight", "lm_head.weight"]
     layers = [task.layer_idx for task in tasks[1:-2]]
@@ -75,7 +79,7 @@ def test_tensors_are_in_the_order_in_which_a_model_runs(source):
 
 def test_everything_but_decay_has_the_dtype_of_its_source(source):
     dtypes = defaultdict(set)
-    for task in plan_conversion(source).tasks:
+    for task in plan_conversion(source, Recipe()).tasks:
         dtypes[task.tensor.dtype].add(task.tensor.name.rpartition(".self_attn.")[2])
     assert dtypes.keys() == {"BF16", "F32"}
     assert dtypes["F32"] == {"A_log", "dt_bias"}
@@ -108,7 +112,7 @@ def test_what_is_made_from_a_wider_tensor_is_as_wide(widened, follow, source):
     change_tensors(source, widen)
     wide = {
         task.tensor.name.removeprefix(prefix)
-        for task in plan_conversion(source).tasks
+        for task in plan_conversion(source, Recipe()).tasks
         if task.tensor.dtype == "F32" and task.layer_idx == 1
     }
     assert wide == follow | {"A_log", "dt_bias"}
@@ -117,7 +121,7 @@ def test_what_is_made_from_a_wider_tensor_is_as_wide(widened, follow, source):
 def test_correction_bias_keeps_its_own_dtype(source):
     name = "model.layers.2.mlp.gate.e_score_correction_bias"
     change_tensors(source, lambda tensors: tensors.update({name: tensors[name].float()}))
-    tasks = {task.sources: task for task in plan_conversion(source).tasks}
+    tasks = {task.sources: task for task in plan_conversion(source, Recipe()).tasks}
     assert tasks[(name,)].tensor.dtype == "F32"
 
 
@@ -214,7 +218,7 @@ def test_each_tensor_is_made_within_its_planned_bytes_and_then_freed(dtype, q_lo
         n_routed_experts=4,
     )
     source = write_tiny_checkpoint(tmp_path / "in", config)
-    plan = plan_conversion(source)
+    plan = plan_conversion(source, Recipe())
     held, peaks, live = {}, {}, LiveBytes()
 
     def between_tensors(event):

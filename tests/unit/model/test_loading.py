@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -208,3 +210,15 @@ def test_unknown_architecture_is_refused(tmp_path):
 def test_config_written_by_the_tests_is_the_config(config, tmp_path):
     folder = write_tiny_checkpoint(tmp_path, config)
     assert json.loads((folder / "config.json").read_text()) == config_to_json(config)
+
+
+def test_loading_makes_torch_import_nothing_more(tmp_path):
+    # A random number without memory costs a second: torch imports sympy and 900 modules for it.
+    folder = write_tiny_checkpoint(tmp_path, tiny_config("kimi_linear"))
+    code = (
+        "import sys; from kimi_convert.model.loading import load_model\n"
+        f"before = len(sys.modules); load_model({str(folder)!r})\n"
+        "assert len(sys.modules) - before < 10, set(sys.modules)\n"
+        "assert 'sympy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

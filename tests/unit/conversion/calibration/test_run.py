@@ -75,8 +75,9 @@ def tokenizer_of_any_size(monkeypatch):
         def token_bytes(self, token_id):
             return b"abc"
 
-    module = "kimi_convert.conversion.calibration.calibration_text.load_tokenizer"
-    monkeypatch.setattr(module, lambda folder: Ids())
+    for module in ("calibration.calibration_text", "fitted"):
+        name = f"kimi_convert.conversion.{module}.load_tokenizer"
+        monkeypatch.setattr(name, lambda folder: Ids())
     monkeypatch.setattr("kimi_convert.conversion.provenance.tokenizer_files", lambda folder: ())
 
 
