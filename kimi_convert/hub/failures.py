@@ -132,9 +132,8 @@ def _explanation(error: Exception) -> tuple[str, str]:
         return "the Hub is switched off by HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE to use the Hub."
     status, code = _status(error), _code(error)
     if status is None:
-        return "the Hub cannot be reached", (
-            "Check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT. " + _LATER
-        )
+        broken = isinstance(error, _BROKEN_OFF)
+        return _BROKEN_STREAM if broken else _UNREACHABLE
     known = _BY_CODE.get(code) or _BY_STATUS.get(status)
     if status == 401 and code != "GatedRepo":
         known = _NO_ACCESS if get_token() is None else _BAD_TOKEN
@@ -145,6 +144,10 @@ def _explanation(error: Exception) -> tuple[str, str]:
     return known
 
 
+_BROKEN_OFF = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
+_CHECK_NETWORK = "Check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT. " + _LATER
+_UNREACHABLE = ("the Hub cannot be reached", _CHECK_NETWORK)
+_BROKEN_STREAM = ("the connection to the Hub breaks off", _CHECK_NETWORK)
 _NO_ACCESS = ("repository does not exist, or needs a login", _LOG_IN)
 _BAD_TOKEN = (
     "the Hub does not accept the token",

@@ -160,9 +160,7 @@ class Job:
         for file in self._wanted:
             if file.path in self._done:
                 self._meter.skip(file)
-        first = [file for file in self._wanted if file.path not in _LAST]
-        last = [file for file in self._wanted if file.path in _LAST]
-        for files in (first, last):
+        for files in _steps(self._wanted):
             missing = [file for file in files if file.path not in self._done]
             # The largest first, so that no worker is left alone with one at the end.
             missing.sort(key=lambda file: file.nbytes, reverse=True)
@@ -242,6 +240,12 @@ class Job:
                 hint="Move it away, or choose another folder with --local-dir.",
             )
         _log.warning("%s is not what the repository lists; fetching it again", content)
+
+
+def _steps(files: Sequence[RemoteFile]) -> list[list[RemoteFile]]:
+    """Return the files in groups: each is whole before the next is begun."""
+    first = [file for file in files if file.path not in _LAST]
+    return [first, *([file for file in files if file.path == name] for name in _LAST)]
 
 
 def _size(path: Path) -> int:

@@ -43,16 +43,18 @@ def _send(http: Handler, name: str, sha: str, entry: Entry) -> None:
     if entry.xet:
         token = f"{http.server.url}/api/models/{name}/xet-read-token/{sha}"
         headers |= {"X-Xet-Hash": entry.xet, "Link": f'<{token}>; rel="xet-auth"'}
+    stored = http.server.store.path(entry.blob)
+    size = stored.stat().st_size if stored.exists() else entry.size
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", http.headers.get("Range", ""))
-    start, end, status = 0, entry.size, 200
+    start, end, status = 0, size, 200
     if asked and http.command == "GET":
         start = int(asked[1])
-        if start >= entry.size:
-            http.answer(416, headers={"Content-Range": f"bytes */{entry.size}"})
+        if start >= size:
+            http.answer(416, headers={"Content-Range": f"bytes */{size}"})
             return
-        end = min(int(asked[2]) + 1, entry.size) if asked[2] else entry.size
+        end = min(int(asked[2]) + 1, size) if asked[2] else size
         status = 206
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{entry.size}"
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     http.send_response(status)
     for header, value in {**headers, "Content-Length": end - start}.items():
         http.send_header(header, str(value))
