@@ -24,6 +24,7 @@ from kimi_convert.commands import (
     generate,
     inspect,
     plan,
+    publish,
     validate,
 )
 from kimi_convert.commands._errors import (
@@ -61,6 +62,7 @@ _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
+_command(publish.publish, publish.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
 
