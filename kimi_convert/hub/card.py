@@ -249,8 +249,8 @@ def _not_tested(facts: CardFacts) -> Iterator[str]:
     else:
         for entry in _objects(facts.report.get("not_run")):
             yield f"- {_cell(entry, 'check')}: {_cell(entry, 'why')}."
-    yield "- Benchmarks, long contexts, bias and safety: neither was evaluated."
-    yield "- The runtimes named above: which of them load it is known from their sources."
+    yield "- Benchmarks, long contexts, bias and safety."
+    yield "- The runtimes named above: that they load it is known from their sources alone."
     yield ""
 
 
