@@ -15,7 +15,17 @@ from typing import Annotated
 import typer
 
 from kimi_convert import __version__
-from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
+from kimi_convert.commands import (
+    convert,
+    demo,
+    doctor,
+    download,
+    export,
+    generate,
+    inspect,
+    plan,
+    validate,
+)
 from kimi_convert.commands._errors import (
     InterruptError,
     LostOutputError,
@@ -44,6 +54,7 @@ def _command(function: Callable[..., None], example: str, *, on: typer.Typer = a
     on.command(epilog=f"Example:  {example}")(function)
 
 
+_command(download.download, download.EXAMPLE)
 _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
