@@ -15,7 +15,17 @@ from typing import Annotated
 import typer
 
 from kimi_convert import __version__
-from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
+from kimi_convert.commands import (
+    convert,
+    demo,
+    doctor,
+    export,
+    export_onnx,
+    generate,
+    inspect,
+    plan,
+    validate,
+)
 from kimi_convert.commands._errors import (
     InterruptError,
     LostOutputError,
@@ -49,6 +59,7 @@ _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
+_command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
