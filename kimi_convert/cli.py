@@ -19,6 +19,7 @@ from kimi_convert.commands import (
     convert,
     demo,
     doctor,
+    download,
     export,
     export_onnx,
     generate,
@@ -54,6 +55,7 @@ def _command(function: Callable[..., None], example: str, *, on: typer.Typer = a
     on.command(epilog=f"Example:  {example}")(function)
 
 
+_command(download.download, download.EXAMPLE)
 _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
