@@ -66,6 +66,11 @@ class MatchedCheckpoint:
     unread: Mapping[str, Weight]  # by name: the weights among what is dropped
     multimodal: bool  # whether parts other than the text model are among it
 
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Parameter -> name in the files, of the values where a weight is quantised."""
+        return {param: weight.stored[0].name for param, weight in self.weights.items()}
+
 
 def match_checkpoint(
     config: ModelConfig, stored: Iterable[TensorSpec], *, where: object
