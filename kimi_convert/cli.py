@@ -21,6 +21,7 @@ from kimi_convert.commands import (
     doctor,
     download,
     export,
+    export_onnx,
     generate,
     inspect,
     plan,
@@ -61,6 +62,7 @@ _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
+_command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
 _command(publish.publish, publish.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
