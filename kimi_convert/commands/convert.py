@@ -25,7 +25,7 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
-from kimi_convert.commands.plan import plan_report, runtimes_table
+from kimi_convert.commands.plan import plan_report, plan_source, runtimes_table
 from kimi_convert.errors import ResourceError, VerificationError
 
 if TYPE_CHECKING:
@@ -86,20 +86,21 @@ def convert(
     The output folder appears whole or not at all, and the same call gives the same bytes.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.conversion import convert_checkpoint, plan_conversion
+    from kimi_convert.conversion import convert_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
     limit = parse_byte_size(max_shard_size)
     if dry_run:
-        plan = plan_conversion(source, chosen, max_shard_bytes=limit)
+        plan = plan_source(source, chosen, limit=limit)
         output.show(plan, lambda: plan_report(plan))
         return
+    folder = _whole(source, chosen, limit, output)
     if chosen.calibration is not None:
-        output.note(_cost_text(source, chosen, device))
+        output.note(_cost_text(folder, chosen, device))
     with _resumable(output_folder, output), output.progress() as on_progress:
         result = convert_checkpoint(
-            source,
+            folder,
             output_folder,
             recipe=chosen,
             text=calibration,
@@ -108,6 +109,18 @@ def convert(
             on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
+
+
+def _whole(source: Path, recipe: Recipe, limit: int, output: Output) -> Path:
+    """Return the source's folder; what would refuse a repository does so before its download."""
+    from kimi_convert.hub import reference_of
+    from kimi_convert.hub.sources import fetch_source
+
+    if reference_of(source) is None:
+        return source
+    plan_source(source, recipe, limit=limit)
+    with output.progress() as on_progress:
+        return fetch_source(source, on_progress=on_progress)
 
 
 def conversion_report(result: ConversionResult) -> Report:

@@ -20,11 +20,9 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from kimi_convert.checkpoints.disk import disk_errors
+from kimi_convert.checkpoints.origin import ORIGIN_FILE
 from kimi_convert.hub.reference import is_commit
 from kimi_convert.hub.remote import RemoteFile, Snapshot
-
-# Which repository and commit a folder was downloaded from.
-ORIGIN_FILE = ".cache/huggingface/kimi-convert/origin.json"
 
 _LOCK_POLL_S = 0.05
 
