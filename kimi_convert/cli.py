@@ -15,7 +15,17 @@ from typing import Annotated
 import typer
 
 from kimi_convert import __version__
-from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
+from kimi_convert.commands import (
+    convert,
+    demo,
+    doctor,
+    export,
+    generate,
+    inspect,
+    parity,
+    plan,
+    validate,
+)
 from kimi_convert.commands._errors import (
     InterruptError,
     LostOutputError,
@@ -48,6 +58,7 @@ _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
+_command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
