@@ -26,8 +26,8 @@ What follows for logits x, y with |x - y| <= bound * max |y| = d everywhere:
 
     near tie     two logits of a row change places only if they are at most 2 d apart
     KL(y || x)   = log E_y exp(x - y) - E_y (x - y) <= (2 d)^2 / 8 = d^2 / 2   (Hoeffding's lemma)
-    1 - cosine   <= r^2 / 2 with r the error in root mean square; r is held to the same bound as the
-                 largest error, doubled, as rows of a few large logits have a smaller mean
+    1 - cosine   <= 1 - sqrt(1 - r^2) with r the error in root mean square; r is held to twice the
+                 bound of the largest error, as the logits of a row spread less than their largest
 """
 
 from __future__ import annotations
@@ -90,4 +90,4 @@ def kl_bound(bound: float, largest: float) -> float:
 
 def cosine_bound(bound: float) -> float:
     """Return the bound on 1 - cosine of two rows of logits."""
-    return (2 * bound) ** 2 / 2 + _FLOOR
+    return 1 - (1 - min(1.0, 2 * bound) ** 2) ** 0.5 + _FLOOR
