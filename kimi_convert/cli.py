@@ -19,7 +19,9 @@ from kimi_convert.commands import (
     convert,
     demo,
     doctor,
+    download,
     export,
+    export_onnx,
     generate,
     inspect,
     parity,
@@ -54,12 +56,14 @@ def _command(function: Callable[..., None], example: str, *, on: typer.Typer = a
     on.command(epilog=f"Example:  {example}")(function)
 
 
+_command(download.download, download.EXAMPLE)
 _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
+_command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)

@@ -65,6 +65,7 @@ VIOLATIONS = [
 # typer and rich, and what they bring.
 HELP_MAY_LOAD = {
     "annotated_doc",
+    "attr",  # rich imports it where something else has brought it
     "click",
     "kimi_convert",
     "markdown_it",

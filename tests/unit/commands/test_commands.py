@@ -208,6 +208,8 @@ def test_generate_passes_sampling_on(capsys):
         "top_k": 50,
         "seed": 1,
         "dtype": "bfloat16",
+        "device": "cpu",
+        "backend": None,
     }
     _, again = document(capsys, *arguments, *sampling, "--seed", 1)
     assert again["text"] == found["text"]
