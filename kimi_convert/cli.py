@@ -26,6 +26,7 @@ from kimi_convert.commands import (
     inspect,
     parity,
     plan,
+    publish,
     validate,
 )
 from kimi_convert.commands._errors import (
@@ -65,6 +66,7 @@ _command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
 _command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
+_command(publish.publish, publish.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
 
