@@ -59,7 +59,7 @@ $(RUNTIME): WHAT := .
 $(RUNTIME): $(INPUTS)
 	$(install)
 
-$(DEVELOP): WHAT := .[dev,oracles]
+$(DEVELOP): WHAT := .[dev,onnx,oracles]
 $(DEVELOP): $(INPUTS)
 	$(install)
 	@touch $(RUNTIME)

@@ -15,7 +15,20 @@ from typing import Annotated
 import typer
 
 from kimi_convert import __version__
-from kimi_convert.commands import convert, demo, doctor, export, generate, inspect, plan, validate
+from kimi_convert.commands import (
+    convert,
+    demo,
+    doctor,
+    download,
+    export,
+    export_onnx,
+    generate,
+    inspect,
+    parity,
+    plan,
+    publish,
+    validate,
+)
 from kimi_convert.commands._errors import (
     InterruptError,
     LostOutputError,
@@ -44,12 +57,16 @@ def _command(function: Callable[..., None], example: str, *, on: typer.Typer = a
     on.command(epilog=f"Example:  {example}")(function)
 
 
+_command(download.download, download.EXAMPLE)
 _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
+_command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
+_command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
+_command(publish.publish, publish.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
 

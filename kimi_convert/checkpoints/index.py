@@ -29,7 +29,7 @@ from kimi_convert.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 _GET_FOLDER = "Give the folder of a checkpoint in Hugging Face format."
 
 _log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _open_shards(
 
 def _no_weights(folder: Path, names: Iterable[str]) -> CheckpointError:
     shards = sorted(name for name in names if name.endswith(SHARD_SUFFIX))
-    pickles = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if shards:
         return CheckpointError(
             f"folder holds safetensors files but no {INDEX_FILE}",

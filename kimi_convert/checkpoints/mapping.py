@@ -261,5 +261,5 @@ def _check_tensor(
             where=where,
             expected=", ".join(sorted(allowed)),
             found=tensor.dtype,
-            hint="Quantised checkpoints are not supported yet; use a bf16 copy.",
+            hint="If it is quantised, config.json must say how, in quantization_config.",
         )

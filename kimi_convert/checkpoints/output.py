@@ -115,6 +115,29 @@ class Output:
         """
         return self._write(name, iter((memoryview(data),)), nbytes=len(data))
 
+    def write_chunks(self, name: str, chunks: Iterator[memoryview], *, nbytes: int) -> WrittenFile:
+        """Write a file that comes in pieces, each valid until the next is asked for.
+
+        Raises:
+            OutputError: not a plain file name, or written before.
+            VerificationError: there are not exactly `nbytes` bytes.
+            ResourceError: the disk does not take it.
+        """
+        written = self._write(name, chunks, nbytes=nbytes)
+        found = self.unfinished_path(name).stat().st_size
+        if found != nbytes:
+            raise VerificationError(
+                "file does not have the planned number of bytes",
+                where=name,
+                expected=nbytes,
+                found=found,
+            )
+        return written
+
+    def unfinished_path(self, name: str) -> Path:
+        """Return where a file lies until the folder appears, for a check of its content."""
+        return self._staging.path / name
+
     def copy_file(self, path: Path, name: str | None = None) -> WrittenFile:
         """Copy a plain file, under its own name unless another is given.
 

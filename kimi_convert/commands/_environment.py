@@ -24,6 +24,7 @@ _PACKAGES = (
     "transformers",
     "mlx-lm",
     "onnx",
+    "onnx-ir",
     "onnxruntime",
     "ray",
 )
@@ -43,6 +44,7 @@ _FEATURES = (
         "inspect, plan, convert, export safetensors", ("torch", "safetensors"), "kimi-convert"
     ),
     Feature("validate, generate, demo", ("numpy", "tokenizers", "tiktoken"), "kimi-convert"),
+    Feature("export onnx", ("onnx", "onnx-ir", "onnxruntime"), "kimi-convert[onnx]"),
     Feature(
         "tests against other implementations", ("transformers", "mlx-lm"), "kimi-convert[oracles]"
     ),

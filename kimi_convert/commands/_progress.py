@@ -18,22 +18,24 @@ _LINE_SECONDS = 10.0
 
 @dataclass(slots=True)
 class ProgressLines:
-    """One line at the end of a stage, and at most one in ten seconds and per percent before."""
+    """One line at the end of a stage, and at most one in ten seconds and per percent before.
+
+    Stages may alternate, as those of files that are fetched at the same time do.
+    """
 
     write: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
-    _stage: str = ""
-    _last_time: float = 0.0
-    _last_percent: int = 0
+    _last: dict[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
 
     def __call__(self, event: ProgressEvent) -> None:
         """Take an event."""
-        if event.stage != self._stage:
-            self._stage, self._last_time, self._last_percent = event.stage, self.clock(), 0
-        percent = _percent(event)
-        due = self.clock() - self._last_time >= _LINE_SECONDS and percent > self._last_percent
-        if due or (percent == 100 and self._last_percent < 100):
-            self._last_time, self._last_percent = self.clock(), percent
+        now, percent = self.clock(), _percent(event)
+        if percent < self._last.get(event.stage, (now, 0))[1]:
+            del self._last[event.stage]  # it starts anew
+        last_time, last_percent = self._last.setdefault(event.stage, (now, 0))
+        due = now - last_time >= _LINE_SECONDS and percent > last_percent
+        if due or (percent == 100 and last_percent < 100):
+            self._last[event.stage] = (now, percent)
             self.write(f"{event.stage}: {percent}% ({_amounts(event)})")
 
 

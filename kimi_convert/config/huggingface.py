@@ -22,6 +22,19 @@ from kimi_convert.config.limits import shown
 from kimi_convert.errors import ConfigError
 
 CONFIG_FILE = "config.json"
+TEXT_CONFIG = "text_config"  # of a multimodal config.json: the fields of its text model
+# Multimodal models whose text model is a supported one: Kimi-VL, and Kimi-K2.5 and later.
+MULTIMODAL_TYPES = ("kimi_vl", "kimi_k25")
+# What a multimodal config.json may state beside its text model, for all of it.
+_BESIDE = (
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+)
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 _MAX_DIGITS = 1000  # of a whole number; Python reads no more than 4300
 
@@ -56,14 +69,14 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
     Raises:
         ConfigError: see `read_config`.
     """
-    fields = Fields(document, where=where)
+    fields = Fields(_text_model(document, where), where=where)
     model_type = fields.text("model_type", default="")
     parse = _PARSERS.get(model_type)
     if parse is None:
         raise ConfigError(
             "config field 'model_type' names an architecture that is not supported",
             where=where,
-            expected=", ".join(sorted(_PARSERS)),
+            expected=", ".join(sorted((*_PARSERS, *MULTIMODAL_TYPES))),
             found=shown(model_type),
             hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2 and Kimi-Linear.",
         )
@@ -72,6 +85,17 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
     except ConfigError as error:
         error.where = error.where or str(where)
         raise
+
+
+def _text_model(document: Mapping[str, object], where: object) -> Mapping[str, object]:
+    """Return the text model's fields of a multimodal config, with what stands beside them."""
+    outer = Fields(document, where=where)
+    model_type = outer.text("model_type", default="")
+    inner = outer.mapping(TEXT_CONFIG) if model_type in MULTIMODAL_TYPES else None
+    if inner is None:
+        return document
+    beside = {name: document[name] for name in _BESIDE if name in document}
+    return {**beside, **inner}
 
 
 def config_to_json(config: ModelConfig) -> dict[str, object]:

@@ -8,7 +8,7 @@ many threads torch has.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Protocol
 import torch
 
 from kimi_convert.checkpoints.dtypes import torch_dtype
-from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
-from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.checkpoints.shard_plan import PlannedShard
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
+from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.writer import WrittenFile
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
@@ -40,7 +39,7 @@ from kimi_convert.conversion.provenance import (
     provenance,
 )
 from kimi_convert.conversion.rules import Op
-from kimi_convert.conversion.source_values import not_finite_error
+from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
 from kimi_convert.conversion.transforms import TRANSFORMS, Job
 from kimi_convert.errors import CheckpointError
 
@@ -118,7 +117,7 @@ def convert_checkpoint(
     assert (recipe.calibration is not None) == (fit is not None)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
-    with open_output(output, source=source) as target, CheckpointReader(plan.index) as reader:
+    with open_output(output, source=source) as target, WeightReader(plan.index) as reader:
         target.require_space(
             plan.write_bytes + sum((source / name).stat().st_size for name in carried)
         )
@@ -145,7 +144,7 @@ class _Worker:
     def __init__(
         self,
         plan: ConversionPlan,
-        reader: CheckpointReader,
+        reader: WeightReader,
         fit: Fit | None,
         on_progress: ProgressCallback,
     ) -> None:
@@ -170,21 +169,16 @@ class _Worker:
             for tensor in shard.tensors:
                 task = self._tasks[tensor.name]
                 self._report(tensor.name)
-                if task.op is Op.COPY:
-                    (name,) = task.sources
-                    copied[name] = writer.write(tensor.name, self._copied(name))
+                if task.op in (Op.COPY, Op.DEQUANTIZE):
+                    weight = self._plan.weights[task.sources[0]]
+                    chunks = finite_chunks(self._reader, weight, self._plan.source)
+                    digest = writer.write(tensor.name, chunks)
+                    if task.op is Op.COPY:
+                        copied[weight.stored[0].name] = digest
                 else:
                     writer.write(tensor.name, self._made(task))
                 self._done_bytes += tensor.nbytes
         return copied
-
-    def _copied(self, name: str) -> Iterator[memoryview]:
-        """Give a source tensor's bytes, checked on their way for NaN and Inf."""
-        dtype = self._plan.index.spec(name).dtype
-        for chunk in self._reader.chunks(name):
-            if dtype in FLOATS and find_non_finite(chunk, dtype) is not None:
-                raise not_finite_error(name, self._plan.source)
-            yield chunk
 
     def _made(self, task: TensorTask) -> memoryview:
         """Return the bytes of a tensor that is computed; its sources are freed before."""
@@ -220,7 +214,7 @@ class _Worker:
             return TRANSFORMS[task.op](job)
 
     def _wide(self, name: str) -> torch.Tensor:
-        tensor = self._reader.tensor(name).float()
+        tensor = self._reader.tensor(self._plan.weights[name]).float()
         if not bool(tensor.isfinite().all()):
             raise not_finite_error(name, self._plan.source)
         return tensor

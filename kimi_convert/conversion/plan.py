@@ -13,8 +13,10 @@ from pathlib import Path
 
 from kimi_convert.checkpoints.dtypes import DTYPES
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
-from kimi_convert.checkpoints.mapping import Dropped, Entry, Match, Storage
+from kimi_convert.checkpoints.mapping import Dropped, Entry, Storage
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.weight_reader import decoding_bytes
+from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, default_recipe
@@ -22,11 +24,15 @@ from kimi_convert.conversion.rules import FITTED_TARGETS, RULES, Op, Rule
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import MappingError
-from kimi_convert.model.names.layout import expected_entries, layout_of, match_checkpoint
+from kimi_convert.model.names.layout import (
+    MatchedCheckpoint,
+    expected_entries,
+    layout_of,
+    match_checkpoint,
+)
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 _FP32_BYTES = 4
-_COPY_BUFFER_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +42,8 @@ class TensorTask:
     tensor: PlannedTensor
     param: str
     op: Op
-    sources: tuple[str, ...]  # names in the source checkpoint
+    sources: tuple[str, ...]  # names of weights of the source
     layer_idx: int | None
-
-    def to_json(self) -> dict[str, object]:
-        """Return the fields."""
-        return {
-            "name": self.tensor.name,
-            "dtype": self.tensor.dtype,
-            "shape": list(self.tensor.shape),
-            "op": str(self.op),
-            "sources": list(self.sources),
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +56,7 @@ class ConversionPlan:
     recipe: Recipe
     tasks: tuple[TensorTask, ...]
     shards: ShardPlan
+    weights: Mapping[str, Weight]  # of the source, by name
     dropped: tuple[Dropped, ...]
     runtimes: tuple[RuntimeSupport, ...]
 
@@ -71,8 +68,16 @@ class ConversionPlan:
     @property
     def read_bytes(self) -> int:
         """Bytes of every source tensor that is read, each counted once."""
+        return sum(weight.stored_bytes for weight in self.read_weights())
+
+    def read_weights(self) -> tuple[Weight, ...]:
+        """Return every weight of the source that is read, each once, in the order of the files."""
         names = {name for task in self.tasks for name in task.sources}
-        return sum(self.index.spec(name).nbytes for name in names)
+        return tuple(weight for name, weight in self.weights.items() if name in names)
+
+    def stored_sources(self, task: TensorTask) -> list[str]:
+        """Return the names in the source's files of what a tensor is made from."""
+        return [stored for name in task.sources for stored in self.weights[name].stored_names]
 
     @property
     def write_bytes(self) -> int:
@@ -87,7 +92,7 @@ class ConversionPlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Bytes of tensors in memory at once, at most: the largest tensor that is made."""
-        return max((_task_bytes(task, self.index) for task in self.tasks), default=0)
+        return max((_task_bytes(task, self.weights) for task in self.tasks), default=0)
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `plan --json` prints."""
@@ -108,7 +113,16 @@ class ConversionPlan:
                 {"name": shard.file_name, "size": shard.file_bytes} for shard in self.shards.shards
             ],
             "dropped": [{"name": one.name, "why": one.why} for one in self.dropped],
-            "tensors": [task.to_json() for task in self.tasks],
+            "tensors": [self._task_json(task) for task in self.tasks],
+        }
+
+    def _task_json(self, task: TensorTask) -> dict[str, object]:
+        return {
+            "name": task.tensor.name,
+            "dtype": task.tensor.dtype,
+            "shape": list(task.tensor.shape),
+            "op": str(task.op),
+            "sources": self.stored_sources(task),
         }
 
 
@@ -137,7 +151,7 @@ def plan_conversion(
     target = target_config(source_config, replace(recipe, choose_layers=False))
     index = open_index(source)
     matched = match_checkpoint(source_config, index.tensors.values(), where=source)
-    tasks = tuple(_tasks(source_config, target, matched, index, recipe))
+    tasks = tuple(_tasks(source_config, target, matched, recipe))
     _check_all_read(matched, tasks)
     return ConversionPlan(
         index=index,
@@ -146,6 +160,9 @@ def plan_conversion(
         recipe=recipe,
         tasks=tasks,
         shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
+        weights={
+            weight.name: weight for weight in sorted(matched.weights.values(), key=_by_place)
+        },
         dropped=matched.dropped,
         runtimes=runtime_support(target),
     )
@@ -154,24 +171,24 @@ def plan_conversion(
 def _tasks(
     source: ModelConfig,
     target: ModelConfig,
-    matched: Match,
-    index: CheckpointIndex,
+    matched: MatchedCheckpoint,
     recipe: Recipe,
 ) -> Iterator[TensorTask]:
     rules, fitted = _RuleBook(source), recipe.calibration is not None
-    stored_names = dict(matched.stored_names)
+    weights = dict(matched.weights)
     if source.tie_word_embeddings:
-        stored_names["head.weight"] = stored_names["embed.weight"]
+        weights["head.weight"] = weights["embed.weight"]
     for entry in expected_entries(target):
         rule = rules.rule_for(entry)
-        sources = tuple(stored_names[param] for param in rules.sources_of(rule, entry))
+        sources = tuple(weights[param] for param in rules.sources_of(rule, entry))
+        op = Op.FITTED if fitted and entry.template in FITTED_TARGETS else rule.op
+        if op is Op.COPY and sources[0].quantization is not None:
+            op = Op.DEQUANTIZE
         yield TensorTask(
-            tensor=PlannedTensor(
-                entry.name, _dtype(entry, rule, sources, index, matched), entry.shape
-            ),
+            tensor=PlannedTensor(entry.name, _dtype(entry, rule, sources, matched), entry.shape),
             param=entry.param,
-            op=Op.FITTED if fitted and entry.template in FITTED_TARGETS else rule.op,
-            sources=sources,
+            op=op,
+            sources=tuple(weight.name for weight in sources),
             layer_idx=entry.layer_idx,
         )
 
@@ -203,42 +220,48 @@ class _RuleBook:
         return tuple(entry.fill(source) for source in rule.sources)
 
 
+def _by_place(weight: Weight) -> tuple[str, int]:
+    return weight.stored[0].shard, weight.stored[0].start
+
+
 def _dtype(
-    entry: Entry,
-    rule: Rule,
-    sources: tuple[str, ...],
-    index: CheckpointIndex,
-    matched: Match,
+    entry: Entry, rule: Rule, sources: tuple[Weight, ...], matched: MatchedCheckpoint
 ) -> str:
     """Return the stored dtype: the source's for what is made from one, else the layer's."""
     if entry.storage is Storage.FP32:
         return "F32"
     if sources:
         # The last source is the matrix that the target replaces, except for `o`, which is first.
-        named = sources[0] if rule.op in (Op.COPY, Op.SCALE_OUTPUT) else sources[-1]
-        return index.spec(named).dtype
-    beside = f"layers.{entry.layer_idx}.mla.o.weight"
-    return index.spec(matched.stored_names[beside]).dtype
+        return sources[0 if rule.op in (Op.COPY, Op.SCALE_OUTPUT) else -1].dtype
+    return matched.weights[f"layers.{entry.layer_idx}.mla.o.weight"].dtype
 
 
-def _check_all_read(matched: Match, tasks: tuple[TensorTask, ...]) -> None:
+def _check_all_read(matched: MatchedCheckpoint, tasks: tuple[TensorTask, ...]) -> None:
     """Check that the rules leave out no part of the model: what is dropped has a reason."""
     used = {name for task in tasks for name in task.sources}
-    unread = sorted(set(matched.stored_names.values()) - used)
+    unread = sorted({weight.name for weight in matched.weights.values()} - used)
     if unread:
         raise MappingError(f"no rule reads {len(unread)} tensors, the first {unread[0]!r}")
 
 
-def _task_bytes(task: TensorTask, index: CheckpointIndex) -> int:
+def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
     """Return the bytes of one task's tensors: mapped sources, fp32 copies, products, result."""
-    if task.op is Op.COPY:
-        return _COPY_BUFFER_BYTES
-    stored = sum(index.spec(name).nbytes for name in task.sources)
-    sizes = [math.prod(index.spec(name).shape) for name in task.sources]
+    sources = [weights[name] for name in task.sources]
+    decoding = max((decoding_bytes(weight) for weight in sources), default=0)
+    if task.op in (Op.COPY, Op.DEQUANTIZE):
+        return decoding
+    sizes = [math.prod(weight.shape) for weight in sources]
+    # Plain sources are mapped, decoded ones are whole in memory.
+    stored = sum(
+        size * DTYPES[weight.dtype].width_bytes
+        for size, weight in zip(sizes, sources, strict=True)
+    )
+    if all(weight.quantization is None for weight in sources):
+        decoding = 0
     made = math.prod(task.tensor.shape)
     # The power of a folded matrix holds its scaled factors and two products of their size.
     steps = 4 * max(sizes, default=0) + 2 * made
     wide = (sum(sizes) + steps) * _FP32_BYTES
     # The search for NaN and Inf takes a copy of the result and two masks.
     result = made * (2 * DTYPES[task.tensor.dtype].width_bytes + 2)
-    return stored + wide + result
+    return stored + wide + result + decoding

@@ -62,7 +62,7 @@ def provenance(
         "tensors": {
             task.tensor.name: {
                 "op": str(task.op),
-                "sources": list(task.sources),
+                "sources": plan.stored_sources(task),
                 "sha256": hashes[task.tensor.name],
             }
             for task in plan.tasks

@@ -15,7 +15,7 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
 
     Raises:
-        ConfigError: the source is quantised, is a hybrid already, or has heads or routing that
+        ConfigError: the source is a hybrid already, or has heads or routing that
             the Kimi-Linear format cannot hold.
         RecipeError: the recipe keeps layers that the source does not have, or keeps all.
     """
@@ -69,13 +69,6 @@ def _check_convertible(source: ModelConfig) -> None:
             expected=f"full-attention MLA: {', '.join(SOURCE_TYPES)}",
             found=source.model_type,
             hint="It is a hybrid already; see `kimi-convert inspect`.",
-        )
-    if source.quantization is not None:
-        raise ConfigError(
-            "quantised checkpoints cannot be converted yet",
-            expected="bf16, fp16 or fp32 weights",
-            found=f"quantization_config {source.quantization.get('quant_method', 'unknown')!r}",
-            hint="Convert a bf16 copy of the checkpoint.",
         )
     mla = source.mla
     if mla.qk_nope_head_dim != mla.v_head_dim:

@@ -8,7 +8,7 @@ loader needs is copied. Code is never copied.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.output import Output, open_output
-from kimi_convert.checkpoints.reader import CheckpointReader
-from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
+from kimi_convert.checkpoints.weight_reader import WeightReader
+from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import (
     CONFIG_FILE,
     config_to_json,
@@ -30,6 +31,7 @@ from kimi_convert.config.huggingface import (
     read_json_object,
 )
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
+from kimi_convert.config.quantization import FIELD as QUANTIZATION
 from kimi_convert.errors import CheckpointError, UsageError
 from kimi_convert.exporters.conversion_record import (
     CONVERSION_FILE,
@@ -115,8 +117,10 @@ def export_safetensors(
         raise UsageError(
             "dtype is not valid", expected=" or ".join(EXPORT_DTYPES), found=repr(dtype)
         )
-    document = _config(checkpoint, dtype)
-    job = _plan(checkpoint, document, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    stated = read_json_object(checkpoint / CONFIG_FILE)
+    config = parse_config(stated, where=checkpoint / CONFIG_FILE)
+    job = _plan(checkpoint, config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    document = _document(stated, config, dtype)
     record = read_conversion_record(checkpoint)
     with open_output(output, source=checkpoint) as target:
         small = sum((checkpoint / name).stat().st_size for name in job.carried)
@@ -145,7 +149,7 @@ def export_safetensors(
 class _Task:
     """One tensor: where it is read, and how it is written."""
 
-    source: TensorSpec
+    source: Weight
     planned: PlannedTensor
 
 
@@ -162,28 +166,26 @@ class _Job:
     def changed_dtype(self) -> list[str]:
         """Names of the tensors whose values are written in another dtype."""
         tasks = self.tasks.items()
-        return [name for name, task in tasks if task.source.dtype != task.planned.dtype]
+        return [name for name, task in tasks if task.source.stored[0].dtype != task.planned.dtype]
 
     @property
     def renamed(self) -> dict[str, str]:
         """Old name -> new name, where they differ."""
         tasks = self.tasks.items()
-        return {task.source.name: name for name, task in tasks if task.source.name != name}
+        stored = {name: task.source.stored[0].name for name, task in tasks}
+        return {
+            stored[name]: name
+            for name, task in tasks
+            if task.source.quantization is None and stored[name] != name
+        }
 
 
-def _config(checkpoint: Path, dtype: str | None) -> dict[str, object]:
+def _document(
+    stated: Mapping[str, object], config: ModelConfig, dtype: str | None
+) -> dict[str, object]:
     """Return config.json with every field it has, and those of the released format it lacks."""
-    document = read_json_object(checkpoint / CONFIG_FILE)
-    config = parse_config(document, where=checkpoint / CONFIG_FILE)
-    if config.quantization is not None:
-        raise CheckpointError(
-            "quantised checkpoints are not supported yet",
-            where=checkpoint,
-            expected="no quantization_config in config.json",
-            found=config.quantization.get("quant_method", "quantization_config"),
-            hint="Use a bf16 copy of this checkpoint.",
-        )
-    for name, value in config_to_json(config).items():
+    document = {name: value for name, value in stated.items() if name != QUANTIZATION}
+    for name, value in config_to_json(replace(config, quantization=None)).items():
         document.setdefault(name, value)
     if dtype is not None:
         document |= {name: dtype for name in _DTYPE_FIELDS if name in document}
@@ -191,20 +193,25 @@ def _config(checkpoint: Path, dtype: str | None) -> dict[str, object]:
 
 
 def _plan(
-    checkpoint: Path, document: Mapping[str, object], *, max_shard_bytes: int, dtype: str | None
+    checkpoint: Path, config: ModelConfig, *, max_shard_bytes: int, dtype: str | None
 ) -> _Job:
-    config = parse_config(document, where=checkpoint / CONFIG_FILE)
     index = open_index(checkpoint)
     matched = match_checkpoint(config, index.tensors.values(), where=checkpoint)
+    if matched.multimodal:
+        raise CheckpointError(
+            "a multimodal checkpoint cannot be written again",
+            where=checkpoint,
+            expected="a text model",
+            hint="`kimi-convert convert` takes its text model and leaves the rest out.",
+        )
     wanted = None if dtype is None else dtype_from_torch_name(dtype)
     tasks: dict[str, _Task] = {}
     for entry in matched.entries:
-        source = index.spec(matched.stored_names[entry.param])
+        source = matched.weights[entry.param]
         target = _target_dtype(entry, source.dtype, wanted)
         tasks[entry.name] = _Task(source, PlannedTensor(entry.name, target, source.shape))
-    # What nothing here reads may be read elsewhere: it goes along as it is.
-    for dropped in matched.dropped:
-        source = index.spec(dropped.name)
+    # What nothing here reads may be read elsewhere: it goes along as it is, but not quantised.
+    for source in matched.unread.values():
         tasks[source.name] = _Task(source, PlannedTensor(source.name, source.dtype, source.shape))
     shards = plan_shards([task.planned for task in tasks.values()], max_shard_bytes)
     small = [name for name in _CARRIED_FILES if (checkpoint / name).is_file()]
@@ -225,7 +232,7 @@ def _target_dtype(entry: Entry, stored: str, wanted: str | None) -> str:
 
 def _write_weights(target: Output, job: _Job, on_progress: ProgressCallback) -> None:
     total, done = job.index.nbytes, 0
-    with CheckpointReader(job.index) as reader:
+    with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
             with target.shard(shard) as writer:
                 for tensor in shard.tensors:
@@ -234,14 +241,14 @@ def _write_weights(target: Output, job: _Job, on_progress: ProgressCallback) -> 
                         ProgressEvent("writing weights", done, total, "bytes", tensor.name)
                     )
                     writer.write(tensor.name, _chunks(reader, job.tasks[tensor.name]))
-                    done += source.nbytes
+                    done += source.stored_bytes
     on_progress(ProgressEvent("writing weights", done, total, "bytes"))
 
 
-def _chunks(reader: CheckpointReader, task: _Task) -> Iterator[memoryview]:
+def _chunks(reader: WeightReader, task: _Task) -> Iterator[memoryview]:
     """Give a tensor's bytes in its new dtype; refuse values that are not finite there."""
     source, target = torch_dtype(task.source.dtype), torch_dtype(task.planned.dtype)
-    for chunk in reader.chunks(task.source.name):
+    for chunk in reader.chunks(task.source):
         if task.source.dtype not in WEIGHT_DTYPES:
             yield chunk
             continue
@@ -258,7 +265,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 
 def _not_finite(index: CheckpointIndex, task: _Task, *, overflows: bool) -> CheckpointError:
-    where = index.shards[task.source.shard].path
+    where = index.shards[task.source.stored[0].shard].path
     name = quoted(task.source.name)
     if overflows:
         largest = torch.finfo(torch_dtype(task.planned.dtype)).max

@@ -1,8 +1,9 @@
 """From a checkpoint folder to a model that runs: as a whole, or one layer at a time.
 
 Every tensor is checked against config.json before the first one is read. Modules are made without
-memory, then each weight is copied once, in its final dtype, to its device. Routed experts, which
-checkpoints store one by one, are stacked here and nowhere else. Values are not checked for NaN.
+memory, then each weight is copied once, in its final dtype, to its device; quantised weights are
+decoded first. Routed experts, which checkpoints store one by one, are stacked here and nowhere
+else. Values are not checked for NaN.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kimi_convert.checkpoints.index import open_index
-from kimi_convert.checkpoints.reader import CheckpointReader
+from kimi_convert.checkpoints.weight_reader import WeightReader
+from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.errors import CheckpointError
 from kimi_convert.kernels.backend import Backend, resolve_backend
 from kimi_convert.model.backend import use_backend
 from kimi_convert.model.block import DecoderLayer
@@ -60,7 +61,7 @@ def load_model(
 
     Raises:
         ConfigError: config.json is not valid or not of a supported architecture.
-        CheckpointError: tensors are missing, unknown, mis-shaped, quantised or not readable.
+        CheckpointError: tensors are missing, unknown, mis-shaped or not readable.
         KernelInputError: there is no such backend, or it cannot run there.
     """
     with open_layers(
@@ -92,17 +93,9 @@ def open_layers(
     if backend is not None:
         backend = resolve_backend(backend, where="open_layers", device=device, dtype=dtype)
     config = read_config(folder)
-    if config.quantization is not None:
-        raise CheckpointError(
-            "quantised checkpoints are not supported yet",
-            where=folder,
-            expected="no quantization_config in config.json",
-            found=config.quantization.get("quant_method", "quantization_config"),
-            hint="Use a bf16 copy of this checkpoint.",
-        )
     index = open_index(folder)
     matched = match_checkpoint(config, index.tensors.values(), where=folder)
-    with CheckpointReader(index) as reader:
+    with WeightReader(index) as reader:
         yield LayerLoader(
             config=config,
             numerics=numerics,
@@ -110,7 +103,7 @@ def open_layers(
             device=device,
             backend=backend,
             reader=reader,
-            stored_names=matched.stored_names,
+            weights=matched.weights,
         )
 
 
@@ -123,8 +116,8 @@ class LayerLoader:
     dtype: torch.dtype
     device: torch.device
     backend: Backend | None
-    reader: CheckpointReader
-    stored_names: Mapping[str, str]  # parameter -> name in the checkpoint
+    reader: WeightReader
+    weights: Mapping[str, Weight]  # by parameter
 
     def embedding(self) -> nn.Embedding:
         """Load the token embedding."""
@@ -185,7 +178,7 @@ class LayerLoader:
         self.reader.release()
 
     def _read(self, param: str, *, into: torch.Tensor) -> None:
-        into.copy_(self.reader.tensor(self.stored_names[param]))
+        into.copy_(self.reader.tensor(self.weights[param]))
 
 
 class _Unfilled(TorchFunctionMode):

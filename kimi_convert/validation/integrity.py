@@ -14,7 +14,6 @@ from pathlib import Path
 from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
-from kimi_convert.checkpoints.mapping import Match
 from kimi_convert.checkpoints.messages import listed
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
@@ -22,7 +21,7 @@ from kimi_convert.checkpoints.weight_map import SHARD_SUFFIX
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import CheckpointError
-from kimi_convert.model.names.layout import match_checkpoint
+from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.recorded_hashes import (
     FileHash,
@@ -76,7 +75,9 @@ def check_integrity(
     return report, tuple(findings)
 
 
-def _match(config: ModelConfig, index: CheckpointIndex) -> tuple[Match | None, list[Finding]]:
+def _match(
+    config: ModelConfig, index: CheckpointIndex
+) -> tuple[MatchedCheckpoint | None, list[Finding]]:
     try:
         return match_checkpoint(config, index.tensors.values(), where=index.folder), []
     except CheckpointError as error:

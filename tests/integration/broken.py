@@ -111,7 +111,7 @@ def contradicting_config(folder):
 
 
 def quantised(folder):
-    change_config(folder, quantization_config={"quant_method": "fp8"})
+    change_config(folder, quantization_config={"quant_method": "awq"})
 
 
 def missing_shard(folder):

@@ -5,20 +5,24 @@ Layer sets, axis sizes, and the tensors that a checkpoint of that config must an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from kimi_convert.checkpoints.dtypes import dtype_from_torch_name
 from kimi_convert.checkpoints.mapping import (
     Drop,
+    Dropped,
     Entry,
     Layout,
-    Match,
     Name,
-    StoredTensor,
     expand,
     expand_drops,
     match,
 )
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
+from kimi_convert.checkpoints.weights import Weight, read_weights
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.quantization import read_quantization
 from kimi_convert.model.names import deepseek, kimi_linear
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -52,21 +56,57 @@ def expected_entries(config: ModelConfig) -> tuple[Entry, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class MatchedCheckpoint:
+    """Every parameter with the weight that holds it, and what is left out with its reason."""
+
+    entries: tuple[Entry, ...]
+    weights: Mapping[str, Weight]  # by parameter
+    dropped: tuple[Dropped, ...]  # stored tensors
+    unread: Mapping[str, Weight]  # by name: the weights among what is dropped
+    multimodal: bool  # whether parts other than the text model are among it
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Parameter -> name in the files, of the values where a weight is quantised."""
+        return {param: weight.stored[0].name for param, weight in self.weights.items()}
+
+
 def match_checkpoint(
-    config: ModelConfig, stored: Iterable[StoredTensor], *, where: object
-) -> Match:
-    """Hold the tensors of a checkpoint against its config.
+    config: ModelConfig, stored: Iterable[TensorSpec], *, where: object
+) -> MatchedCheckpoint:
+    """Hold the tensors of a checkpoint against its config; quantised weights count as one each.
 
     Raises:
-        CheckpointError: see `checkpoints.mapping.match`.
+        ConfigError: the checkpoint is quantised in a way that is not supported.
+        CheckpointError: see `checkpoints.mapping.match` and `checkpoints.weights.read_weights`.
     """
     _, drops = _TABLES[config.model_type]
-    return match(
-        expected_entries(config),
+    weights = read_weights(
         stored,
+        quantization=read_quantization(config.quantization, where=where),
+        dtype=dtype_from_torch_name(config.dtype),
+        where=where,
+    )
+    found = match(
+        expected_entries(config),
+        weights.by_name.values(),
         droppable=expand_drops(drops, layout_of(config)),
         dtypes=WEIGHT_DTYPES,
         where=where,
+    )
+    unread = {one.name: weights.by_name[one.name] for one in found.dropped}
+    dropped = (
+        Dropped(name, one.why)
+        for one in found.dropped
+        for name in weights.by_name[one.name].stored_names
+    )
+    return MatchedCheckpoint(
+        found.entries,
+        {param: weights.by_name[name] for param, name in found.stored_names.items()},
+        (*dropped, *weights.left_out),
+        unread,
+        bool(weights.left_out),
     )
 
 

@@ -107,13 +107,6 @@ def test_hybrid_is_not_converted_again():
     assert caught.value.found == "kimi_linear"
 
 
-def test_quantised_checkpoint_is_refused_by_its_method():
-    source = replace(tiny_config("deepseek_v3"), quantization={"quant_method": "fp8"})
-    with pytest.raises(ConfigError, match="quantised") as caught:
-        target_config(source, Recipe())
-    assert "fp8" in caught.value.found
-
-
 def test_values_of_another_width_are_refused():
     with pytest.raises(ConfigError, match="heads") as caught:
         target_config(tiny_config("deepseek_v3", v_head_dim=32), Recipe())

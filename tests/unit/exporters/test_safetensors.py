@@ -326,7 +326,7 @@ def missing_config(folder):
 
 
 def quantised(folder):
-    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    edit_config(folder, quantization_config={"quant_method": "awq"})
 
 
 def broken_record(folder):
@@ -338,7 +338,7 @@ def broken_record(folder):
     [
         (missing_tensor, CheckpointError),
         (missing_config, ConfigError),
-        (quantised, CheckpointError),
+        (quantised, ConfigError),
         (broken_record, CheckpointError),
     ],
 )

@@ -170,12 +170,12 @@ def test_prediction_layers_and_inverse_frequencies_are_left_out(tmp_path):
     assert torch.equal(load_model(folder)(TOKENS), before)
 
 
-def test_quantised_checkpoint_is_refused_by_name(tmp_path):
+def test_quantisation_that_is_not_supported_is_refused(tmp_path):
     folder = write_tiny_checkpoint(tmp_path, tiny_config("deepseek_v3"))
-    edit_config(folder, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(CheckpointError, match="quantised") as error:
+    edit_config(folder, quantization_config={"quant_method": "awq"})
+    with pytest.raises(ConfigError, match="quantised") as error:
         load_model(folder)
-    assert error.value.found == "fp8"
+    assert error.value.where == str(folder)
     assert error.value.hint
 
 

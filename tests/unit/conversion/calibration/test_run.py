@@ -26,6 +26,7 @@ from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import OutputError, VerificationError
 from kimi_convert.model.loading import load_model
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
+from tests.quantized import write_twins
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 LENGTH = 24
@@ -94,6 +95,17 @@ def convert(source, output, text, **options):
 
 def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text):
+    found = []
+    for teacher in write_twins(tmp_path, "fp8", num_hidden_layers=2):
+        output = tmp_path / f"from-{teacher.name}"
+        convert(teacher, output, text, recipe=recipe_of())
+        files = hashes(output)
+        del files["conversion.json"]
+        found.append(files)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

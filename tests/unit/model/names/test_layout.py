@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.errors import CheckpointError
 from kimi_convert.model.names.layout import expected_entries, layout_of, match_checkpoint
 from tests.tiny import tiny_config
@@ -16,19 +15,16 @@ MTP = "multi-token-prediction layers have no place in the target format"
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@dataclass(frozen=True)
-class Stored:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+def as_stored(name, dtype, shape):
+    return TensorSpec(name, dtype, shape, "model.safetensors", 0, 0)
 
 
 def stored_of(config):
-    return [Stored(entry.name, "BF16", entry.shape) for entry in expected_entries(config)]
+    return [as_stored(entry.name, "BF16", entry.shape) for entry in expected_entries(config)]
 
 
 def matched(config, *more):
-    stored = [*stored_of(config), *(Stored(name, "BF16", (1,)) for name in more)]
+    stored = [*stored_of(config), *(as_stored(name, "BF16", (1,)) for name in more)]
     return match_checkpoint(config, stored, where="folder")
 
 
@@ -62,7 +58,7 @@ def test_whole_checkpoint_matches(kind):
 def test_plain_weights_alone_are_read(kind, dtype):
     config = tiny_config(kind)
     first, *others = stored_of(config)
-    stored = [Stored(first.name, dtype, first.shape), *others]
+    stored = [as_stored(first.name, dtype, first.shape), *others]
     if dtype == "F8_E4M3":
         with pytest.raises(CheckpointError, match="not a plain weight"):
             match_checkpoint(config, stored, where="folder")

@@ -1,0 +1,101 @@
+"""`kimi-convert export onnx`: write a checkpoint as an ONNX graph with operators for KDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kimi_convert.commands._numbers import bytes_text
+from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._output import Output
+from kimi_convert.commands._report import Facts, Report
+from kimi_convert.exporters.onnx.options import (
+    CustomBody,
+    MlaForm,
+    MoeForm,
+    OnnxOptions,
+    Target,
+    WeightPlacement,
+    require_onnx,
+)
+
+if TYPE_CHECKING:
+    from kimi_convert.exporters.onnx.export import OnnxExportResult
+
+EXAMPLE = "kimi-convert export onnx ./hybrid ./hybrid-onnx --last-logits"
+
+OutputFolderArg = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="OUTPUT",
+        help="Folder to write, new or empty; left out with --weights inplace.",
+        show_default=False,
+    ),
+]
+TargetOpt = Annotated[
+    Target, typer.Option(help="Operators for KDA: ONNX Runtime's, opset 27's, or our own.")
+]
+CustomBodyOpt = Annotated[
+    CustomBody, typer.Option(help="What the functions of target custom are made of.")
+]
+WeightsOpt = Annotated[
+    WeightPlacement,
+    typer.Option(help="Copy the weights, or point at them in the checkpoint's own files."),
+]
+MlaOpt = Annotated[
+    MlaForm, typer.Option(help="Keep keys and values of MLA layers, or the smaller latents.")
+]
+MoeOpt = Annotated[
+    MoeForm | None,
+    typer.Option(help="How routed experts run; by default the fastest.", show_default=False),
+]
+LastLogitsOpt = Annotated[
+    bool, typer.Option("--last-logits", help="Give logits of the last position alone.")
+]
+
+
+def onnx(
+    checkpoint: CheckpointArg,
+    output_folder: OutputFolderArg = None,
+    target: TargetOpt = Target.ORT,
+    custom_body: CustomBodyOpt = CustomBody.PORTABLE,
+    weights: WeightsOpt = WeightPlacement.COPY,
+    mla: MlaOpt = MlaForm.MATERIALISED,
+    moe: MoeOpt = None,
+    last_logits: LastLogitsOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = False,
+) -> None:
+    """Write a checkpoint as an ONNX graph: prefill and decode in one, KDA as operators."""
+    options = OnnxOptions(
+        target=target,
+        custom_body=custom_body,
+        weights=weights,
+        mla=mla,
+        moe=moe,
+        last_logits=last_logits,
+    )
+    folder = options.output_folder(checkpoint, output_folder)
+    require_onnx()
+    from kimi_convert.exporters.onnx.export import export_onnx
+
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    with output.progress() as on_progress:
+        result = export_onnx(checkpoint, folder, options=options, on_progress=on_progress)
+    output.show(result, lambda: export_report(result))
+
+
+def export_report(result: OnnxExportResult) -> Report:
+    """Return what `export onnx` shows."""
+    options = result.options
+    facts = (
+        ("target", f"{options.target}, opset {options.opset}"),
+        ("nodes", str(result.nodes)),
+        ("functions", ", ".join(result.functions) or "none"),
+        *((name, bytes_text(nbytes)) for name, nbytes in result.files),
+        ("ONNX checker", "full check passed"),
+    )
+    return (Facts(f"Exported to {result.output}", facts),)

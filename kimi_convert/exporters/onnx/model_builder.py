@@ -1,0 +1,140 @@
+"""What the layers of an exported model share: weights, products, norms, inputs, states.
+
+Between mixers the activations are rows [N, D] of the N = B T tokens of a call, so that every product
+with a matrix is a Gemm whose weight is stored as checkpoints store it, [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.exporters.onnx.builder import END, GraphBuilder
+from kimi_convert.exporters.onnx.options import OnnxOptions
+from kimi_convert.exporters.onnx.weights import WeightStore
+
+FLOAT = ir.DataType.FLOAT
+_RMS_NORM_OPSET = 23  # the first with RMSNormalization
+
+BATCH, SEQUENCE, PAST, TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StatePair:
+    """A state as the graph takes it and as it gives it back."""
+
+    past: ir.Value
+    present: ir.Value
+
+
+class ModelBuilder(GraphBuilder):
+    """Builds the graph of one model; layers append to it."""
+
+    def __init__(self, config: ModelConfig, options: OnnxOptions, store: WeightStore) -> None:
+        """Make the inputs that every model has."""
+        super().__init__(opset=options.opset)
+        self.config = config
+        self.options = options
+        self.store = store
+        self.states: list[StatePair] = []
+        self.input_ids = _input("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
+        self.attention_mask = _input("attention_mask", ir.DataType.INT64, (BATCH, TOTAL))
+        self._weights: dict[str, ir.Value] = {}
+        self._shapes: dict[int, ir.Value] = {}
+        with self.scope("tokens"):
+            self._batch_tokens = self.op("Shape", self.input_ids, name="batch_and_tokens")
+
+    def weight(self, param: str) -> ir.Value:
+        """Return a parameter in fp32, whatever it is stored in."""
+        name = f"{param}.fp32"
+        if name not in self._weights:
+            self._weights[name] = self.as_float(self.stored(param))
+        return self._weights[name]
+
+    def stored(self, param: str) -> ir.Value:
+        """Return a parameter as it is stored."""
+        if param not in self._weights:
+            self._weights[param] = self.add_initializer(self.store.tensor(param))
+        return self._weights[param]
+
+    def as_float(self, x: ir.Value) -> ir.Value:
+        """Return a value of known dtype in fp32."""
+        return x if x.dtype is FLOAT else self.cast(x, FLOAT)
+
+    def linear(self, x: ir.Value, param: str, *, name: str | None = None) -> ir.Value:
+        """Return x [N, in] times the transpose of a weight [out, in]."""
+        return self.op("Gemm", x, self.weight(param), attributes={"transB": 1}, name=name)
+
+    def rms_norm(
+        self, x: ir.Value, weight: ir.Value, *, eps: float, name: str = "normed"
+    ) -> ir.Value:
+        """Return x / sqrt(mean x^2 + eps) times weight, over the last axis."""
+        if self.opset >= _RMS_NORM_OPSET:
+            attributes = {"axis": -1, "epsilon": eps}
+            return self.op("RMSNormalization", x, weight, attributes=attributes, name=name)
+        # ONNX Runtime fuses exactly these six into one kernel.
+        squares = self.op("Pow", x, self.number(2.0))
+        mean = self.op("ReduceMean", squares, self.integers(-1), attributes={"keepdims": 1})
+        root = self.op("Sqrt", self.op("Add", mean, self.number(eps)))
+        return self.op("Mul", self.op("Div", x, root), weight, name=name)
+
+    def unit_norm(self, x: ir.Value, *, width: int, eps: float, name: str) -> ir.Value:
+        """Return x / sqrt(sum x^2 + eps) over the last axis, which has `width` elements."""
+        factor = np.full(width, width**-0.5, dtype=np.float32)
+        weight = self.constant(factor, f"unit_norm.{width}")
+        return self.rms_norm(x, weight, eps=eps / width, name=name)
+
+    def per_token(self, x: ir.Value, width: int) -> ir.Value:
+        """Return rows [N, width] as [B, T, width]."""
+        shape = self._shapes.get(width)
+        if shape is None:
+            shape = self.concat(self._batch_tokens, self.integers(width), axis=0)
+            self._shapes[width] = shape
+        return self.op("Reshape", x, shape)
+
+    def num_tokens(self) -> ir.Value:
+        """Return T as a vector of one."""
+        return self.slice(self._batch_tokens, 1, 2, axis=0)
+
+    def last_tokens(self, per_position: ir.Value) -> ir.Value:
+        """Return the last T columns of [B, S]: those of the tokens of this call."""
+        start = self.op("Neg", self.num_tokens())
+        return self.op("Slice", per_position, start, self.integers(END), self.integers(1))
+
+    def state_input(
+        self, name: str, shape: Sequence[int | str], dtype: ir.DataType = FLOAT
+    ) -> ir.Value:
+        """Make the input of a state; `keep_state` says what it becomes."""
+        return _input(name, dtype, shape)
+
+    def keep_state(
+        self, past: ir.Value, present: ir.Value, name: str, shape: Sequence[int | str]
+    ) -> None:
+        """Give a state back under the name that the next call's input belongs to."""
+        present.name = name
+        present.shape = ir.Shape(shape)
+        present.type = past.type
+        self.states.append(StatePair(past, present))
+
+
+def past_name(layer_idx: int | str, part: str) -> str:
+    """Return the input of a layer's state; onnxruntime-genai finds states by these names."""
+    return f"past_key_values.{layer_idx}.{part}"
+
+
+def present_name(layer_idx: int | str, part: str) -> str:
+    """Return the output of a layer's state."""
+    return f"present.{layer_idx}.{part}"
+
+
+def _input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

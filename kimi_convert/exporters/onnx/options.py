@@ -1,0 +1,121 @@
+"""What an ONNX export can be asked for, and which combinations exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+
+from kimi_convert.errors import UsageError
+
+
+class Target(StrEnum):
+    """Which operators stand for KDA."""
+
+    ORT = "ort"  # com.microsoft, with functions of the same names for runtimes without them
+    ONNX27 = "onnx27"  # the standard's own, of opset 27
+    CUSTOM = "custom"  # ai.kimi, with functions as bodies
+
+
+class CustomBody(StrEnum):
+    """What the functions of target `custom` are made of."""
+
+    PORTABLE = "portable"  # standard operators: Scan and Conv
+    NESTED = "nested"  # com.microsoft's operators, which ONNX Runtime has kernels for
+
+
+class WeightPlacement(StrEnum):
+    """Where the graph finds its weights."""
+
+    COPY = "copy"  # in a file of their own beside it
+    INPLACE = "inplace"  # in the checkpoint's own files, which nothing copies
+
+
+class MlaForm(StrEnum):
+    """What MLA layers keep of the tokens that they have seen."""
+
+    MATERIALISED = "materialised"  # keys and values of every head, as onnxruntime-genai asks for
+    LATENT = "latent"  # latents and shared rope keys
+
+
+class MoeForm(StrEnum):
+    """How routed experts run."""
+
+    ACTIVE = "active"  # standard operators: a loop over the experts that some token chose
+    FUSED = "fused"  # com.microsoft::MoE, whose weights are laid out in its own order
+
+
+DEFAULT_OPSETS: Mapping[Target, int] = {Target.ORT: 21, Target.ONNX27: 27, Target.CUSTOM: 21}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxOptions:
+    """One export; checked when it is made."""
+
+    target: Target = Target.ORT
+    custom_body: CustomBody = CustomBody.PORTABLE
+    weights: WeightPlacement = WeightPlacement.COPY
+    mla: MlaForm = MlaForm.MATERIALISED
+    moe: MoeForm | None = None  # None takes the fastest that the other options allow
+    last_logits: bool = False  # logits of the last position alone
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            UsageError: two options exclude each other.
+        """
+        if self.custom_body is CustomBody.NESTED and self.target is not Target.CUSTOM:
+            raise _exclusive("custom body nested", "target custom", f"target {self.target}")
+        if self.moe is MoeForm.FUSED and self.weights is WeightPlacement.INPLACE:
+            raise _exclusive("fused experts", "weights copy", "weights inplace")
+        if self.moe is MoeForm.FUSED and self.target is not Target.ORT:
+            raise _exclusive("fused experts", "target ort", f"target {self.target}")
+
+    def output_folder(self, checkpoint: Path, output: Path | None) -> Path:
+        """Return where the graph is written.
+
+        Raises:
+            UsageError: it was left out, and the weights are copied.
+        """
+        if output is None and self.weights is not WeightPlacement.INPLACE:
+            raise UsageError(
+                "no output folder was given",
+                expected="a new or empty folder, since the weights are copied",
+                hint="Give OUTPUT, or --weights inplace to write into the checkpoint's folder.",
+            )
+        return checkpoint if output is None else output
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard's operators."""
+        return DEFAULT_OPSETS[self.target]
+
+    @property
+    def moe_form(self) -> MoeForm:
+        """How routed experts run."""
+        if self.moe is not None:
+            return self.moe
+        fused = self.target is Target.ORT and self.weights is WeightPlacement.COPY
+        return MoeForm.FUSED if fused else MoeForm.ACTIVE
+
+
+def require_onnx() -> None:
+    """Check that what builds graphs is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    missing = [name for name in ("onnx", "onnx_ir") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            "the ONNX exporter needs packages that are not installed",
+            found=f"no {' and no '.join(missing)}",
+            hint="Run `pip install 'kimi-convert[onnx]'`.",
+        )
+
+
+def _exclusive(asked: str, expected: str, found: str) -> UsageError:
+    return UsageError(f"{asked} cannot be had with {found}", expected=expected, found=found)

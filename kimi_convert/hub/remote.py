@@ -1,0 +1,244 @@
+"""The Hub as this package uses it: pin a revision to a commit, list it, stream a file's bytes.
+
+The API calls are huggingface_hub's, and so are the session (proxies, HF_HUB_OFFLINE) and the
+token. Streaming is done here because a file must go on from where it was cut, and because the
+token must stay with the host that it is for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
+
+from kimi_convert import __version__
+from kimi_convert.checkpoints.messages import sized
+from kimi_convert.errors import HubError, InputError, VerificationError
+from kimi_convert.hub.failures import RetryPolicy, StatusError, call
+from kimi_convert.hub.reference import Reference
+
+DEFAULT_POLICY = RetryPolicy()
+_LIBRARY = "kimi-convert"
+_MAX_REDIRECTS = 5
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_TIMEOUT = httpx2.Timeout(10.0, read=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a commit, as the repository lists it."""
+
+    path: str
+    nbytes: int
+    git_sha1: str  # of the content, or of the LFS pointer
+    sha256: str | None  # of the content; None for small files, which git holds
+
+    @property
+    def etag(self) -> str:
+        """What the file is called where content gives the name."""
+        return self.sha256 or self.git_sha1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All files of one commit."""
+
+    reference: Reference
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.reference.repository}@{self.commit[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A Hub: the one of HF_ENDPOINT, or huggingface.co."""
+
+    endpoint: str
+    policy: RetryPolicy = DEFAULT_POLICY
+
+    @property
+    def api(self) -> HfApi:
+        """Return huggingface_hub's client; the token is the environment's or the stored one."""
+        return HfApi(endpoint=self.endpoint, library_name=_LIBRARY, library_version=__version__)
+
+    def pin(self, reference: Reference) -> Snapshot:
+        """Look up which commit a revision is now, and what it holds.
+
+        Raises:
+            HubError: no network, no such repository or revision, or no right to read it.
+            InputError: the listing does not make sense.
+        """
+        repository, revision = reference.repository, reference.revision
+        what = f"{repository} at {revision}"
+        info = call(
+            lambda: self.api.repo_info(repository, revision=revision),
+            what=what,
+            policy=self.policy,
+        )
+        commit = info.sha
+        if not isinstance(commit, str) or not constants.REGEX_COMMIT_OID.fullmatch(commit):
+            raise HubError("the Hub names no commit", where=what, hint="Check HF_ENDPOINT.")
+        return Snapshot(reference, commit, self.listing(repository, commit))
+
+    def listing(self, repository: str, revision: str) -> dict[str, RemoteFile]:
+        """Return the files of a revision by path.
+
+        Raises:
+            HubError: see `pin`.
+            InputError: a size or a hash in it does not make sense.
+        """
+        entries = call(
+            lambda: list(self.api.list_repo_tree(repository, recursive=True, revision=revision)),
+            what=f"{repository} at {revision}",
+            policy=self.policy,
+        )
+        return _files(entries, where=repository)
+
+    @contextmanager
+    def stream(
+        self, snapshot: Snapshot, file: RemoteFile, *, start: int = 0, stop: int | None = None
+    ) -> Generator[httpx2.Response]:
+        """Ask for a file's bytes from `start` on; the answer has been checked to be these.
+
+        Raises:
+            StatusError: the answer is an error.
+            HubError: it is a web page, or leads in circles.
+            VerificationError: it is of another size than the repository lists.
+        """
+        url = hf_hub_url(
+            snapshot.reference.repository,
+            file.path,
+            revision=snapshot.commit,
+            endpoint=self.endpoint,
+        )
+        # Offsets and hashes are of the plain bytes: nothing may compress them.
+        headers = {"User-Agent": f"{_LIBRARY}/{__version__}", "Accept-Encoding": "identity"}
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        with self._follow(url, headers, what=f"{snapshot.name}: {file.path}") as response:
+            _check(response, file, start=start, stop=stop, where=f"{snapshot.name}: {file.path}")
+            yield response
+
+    @contextmanager
+    def _follow(
+        self, url: str, headers: dict[str, str], *, what: str
+    ) -> Generator[httpx2.Response]:
+        """Send a GET and follow redirects; the token goes to the Hub's own host alone."""
+        for _ in range(_MAX_REDIRECTS):
+            with get_session().stream(
+                "GET", url, headers=headers, follow_redirects=False, timeout=_TIMEOUT
+            ) as response:
+                if not response.has_redirect_location:
+                    yield response
+                    return
+                target = urljoin(url, response.headers["Location"])
+            if _origin(target) != _origin(url):
+                headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+            if _origin(target)[0] not in ("https", _origin(url)[0]):
+                break
+            url = target
+        raise HubError(
+            "the Hub sends from one address to the next",
+            where=what,
+            expected=f"at most {_MAX_REDIRECTS} redirects, none from https to http",
+            hint="Check HF_ENDPOINT and the proxy.",
+        )
+
+
+def connect() -> Remote:
+    """Return the Hub that HF_ENDPOINT names; nothing is sent yet.
+
+    Raises:
+        HubError: HF_ENDPOINT is not an address.
+    """
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise HubError(
+            "HF_ENDPOINT is not the address of a Hub", expected="such as https://huggingface.co"
+        )
+    return Remote(endpoint, DEFAULT_POLICY)
+
+
+def _files(entries: Iterable[object], *, where: str) -> dict[str, RemoteFile]:
+    files: dict[str, RemoteFile] = {}
+    for entry in entries:
+        if not isinstance(entry, RepoFile):
+            continue
+        lfs = entry.lfs
+        size = lfs.size if lfs else entry.size
+        sha256 = lfs.sha256 if lfs else None
+        sound = (
+            type(size) is int
+            and size >= 0
+            and re.fullmatch(r"[0-9a-f]{40}", str(entry.blob_id))
+            and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", str(sha256)))
+        )
+        if not sound:
+            raise InputError(
+                "the repository's listing does not make sense",
+                where=where,
+                expected="a size and a hash for each file",
+                found=ascii(entry.path)[:120],
+                hint="Check HF_ENDPOINT: this may not be a Hub.",
+            )
+        files[entry.path] = RemoteFile(entry.path, size, entry.blob_id, sha256)
+    return files
+
+
+def _check(
+    response: httpx2.Response, file: RemoteFile, *, start: int, stop: int | None, where: str
+) -> None:
+    """Check that an answer is the file, or the asked part of it, before a byte is used."""
+    if response.status_code not in (200, 206):
+        raise StatusError(response)
+    kind = response.headers.get("Content-Type", "")
+    if kind.startswith("text/html") and not file.path.endswith((".html", ".htm")):
+        raise HubError(
+            "a web page came instead of the file",
+            where=where,
+            found=kind,
+            hint="A proxy or a login page is in between: check the network and HF_ENDPOINT.",
+        )
+    size: int | None = None
+    if response.status_code == 206:
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if found is None or int(found[1]) != start:
+            raise HubError(
+                "the server sent another part of the file than was asked for",
+                where=where,
+                expected=f"bytes from {start} on",
+                found=response.headers.get("Content-Range", "")[:80],
+                hint="Check HF_ENDPOINT and the proxy.",
+            )
+        size = int(found[3])
+    elif response.headers.get("Content-Length", "").isdecimal():
+        size = int(response.headers["Content-Length"])
+    if size is not None and size != file.nbytes:
+        raise VerificationError(
+            "file has another size than the repository lists",
+            where=where,
+            expected=sized(file.nbytes),
+            found=sized(size),
+            hint="Check HF_ENDPOINT and the proxy, and run again.",
+        )
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or default

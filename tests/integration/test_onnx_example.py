@@ -1,0 +1,71 @@
+"""The example's teacher and hybrid in ONNX Runtime give what our reference gives."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
+from kimi_convert.exporters.onnx.session import OnnxSession
+from kimi_convert.model.loading import load_model
+from kimi_convert.model.tokenizer import load_tokenizer
+from tests.integration.command_line import run_here
+from tests.unit.exporters.onnx.comparison import (
+    FP32_BOUND,
+    error,
+    reference_run,
+    run_pieces,
+    state_errors,
+)
+
+DECODED = 64
+PIECES = {
+    "prefill": (192,),
+    "chunked": (1, 63, 65, 63),
+    "64 decode steps": (128, *[1] * DECODED),
+}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    output = tmp_path_factory.mktemp("onnx-example") / "hybrid"
+    done = run_here("convert", example_checkpoint(), output, "--no-text", "--quiet")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    text = json.loads(heldout_text().read_text(encoding="utf-8").splitlines()[0])["text"]
+    ids = load_tokenizer(example_checkpoint()).encode(text)[:192]
+    return np.array([ids], dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def exported(hybrid, tmp_path_factory):
+    output = tmp_path_factory.mktemp("onnx-exported") / "onnx"
+    done = run_here("export", "onnx", hybrid, output, "--json")
+    assert done.returncode == 0, done.stdout
+    return OnnxSession(output, threads=1), load_model(hybrid)
+
+
+@pytest.mark.parametrize("sizes", PIECES.values(), ids=PIECES)
+def test_hybrid_logits_and_states_in_every_form(exported, tokens, sizes):
+    session, model = exported
+    wanted, cache = reference_run(model, tokens)
+    logits, states = run_pieces(session, tokens, sizes)
+    assert error(logits, wanted) <= FP32_BOUND
+    assert max(state_errors(model, cache, states).values()) <= FP32_BOUND
+
+
+def test_teacher_logits_and_states(tokens, tmp_path):
+    done = run_here("export", "onnx", example_checkpoint(), tmp_path / "onnx", "--json")
+    assert done.returncode == 0, done.stdout
+    model = load_model(example_checkpoint(), dtype=torch.float32)
+    wanted, cache = reference_run(model, tokens)
+    logits, states = run_pieces(OnnxSession(tmp_path / "onnx", threads=1), tokens, (100, 92))
+    assert error(logits, wanted) <= FP32_BOUND
+    assert max(state_errors(model, cache, states).values()) <= FP32_BOUND

@@ -1,0 +1,149 @@
+"""Files of an export: what appears, what stays as it was, what is refused before a byte is written."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+
+from kimi_convert.cli import main
+from kimi_convert.errors import CheckpointError, OutputError, ResourceError, UsageError
+from kimi_convert.exporters.onnx import export
+from kimi_convert.exporters.onnx.export import export_onnx
+from kimi_convert.exporters.onnx.options import (
+    CustomBody,
+    MoeForm,
+    OnnxOptions,
+    Target,
+    WeightPlacement,
+)
+from tests.tiny import tiny_config, write_tiny_checkpoint
+
+INPLACE = OnnxOptions(weights=WeightPlacement.INPLACE)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = tiny_config("kimi_linear", num_hidden_layers=2)
+    return write_tiny_checkpoint(tmp_path / "checkpoint", config, num_shards=1)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_weights_in_place_add_a_graph_and_copy_no_weight(checkpoint):
+    before = files_of(checkpoint)
+    result = export_onnx(checkpoint, checkpoint, options=INPLACE)
+    after = files_of(checkpoint)
+    graph, _ = after.pop("model.onnx"), after.pop("genai_config.json")
+    assert after == before
+    assert dict(result.files)["model.onnx"] == len(graph)
+    held = onnx.load_model_from_string(graph).graph.initializer
+    places = [{e.key: e.value for e in t.external_data} for t in held if t.external_data]
+    assert {place["location"] for place in places} == {"model.safetensors"}
+
+
+def test_copied_weights_lie_in_one_file_beside_the_graph(checkpoint, tmp_path):
+    output = tmp_path / "onnx"
+    result = export_onnx(checkpoint, output)
+    assert files_of(output).keys() == {"genai_config.json", "model.onnx", "model.onnx.data"}
+    assert {name: len(data) for name, data in files_of(output).items()} == dict(result.files)
+
+
+@pytest.mark.parametrize("target", Target)
+def test_the_same_export_gives_the_same_bytes(checkpoint, tmp_path, target):
+    options = OnnxOptions(target=target)
+    export_onnx(checkpoint, tmp_path / "one", options=options)
+    export_onnx(checkpoint, tmp_path / "two", options=options)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_graph_that_is_there_stays(checkpoint):
+    (checkpoint / "model.onnx").write_bytes(b"mine")
+    before = files_of(checkpoint)
+    with pytest.raises(OutputError, match="exists already"):
+        export_onnx(checkpoint, checkpoint, options=INPLACE)
+    assert files_of(checkpoint) == before
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_shard_that_is_a_link_is_refused_in_place(checkpoint, tmp_path, kind):
+    shard = checkpoint / "model.safetensors"
+    blob = tmp_path / "blob"
+    shard.rename(blob)
+    if kind == "symbolic":
+        shard.symlink_to(blob)
+    else:
+        shard.hardlink_to(blob)
+    before = files_of(checkpoint)
+    with pytest.raises(CheckpointError, match="link") as caught:
+        export_onnx(checkpoint, checkpoint, options=INPLACE)
+    assert "--weights copy" in caught.value.hint
+    assert files_of(checkpoint) == before
+    export_onnx(checkpoint, tmp_path / "copied")
+
+
+def test_experts_that_are_scattered_are_refused_in_place(tmp_path):
+    config = tiny_config("kimi_linear", num_hidden_layers=2)
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", config, num_shards=30)
+    with pytest.raises(CheckpointError, match="back to back"):
+        export_onnx(checkpoint, checkpoint, options=INPLACE)
+    assert "model.onnx" not in files_of(checkpoint)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ResourceError, match="cannot write"):
+        export_onnx(checkpoint, checkpoint, options=INPLACE)
+    assert "model.onnx" not in files_of(checkpoint)
+
+
+@pytest.mark.parametrize("options", [OnnxOptions(), INPLACE], ids=["copy", "inplace"])
+def test_a_graph_that_the_checker_refuses_leaves_nothing(
+    checkpoint, tmp_path, monkeypatch, options
+):
+    def refuse(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "check_file", refuse)
+    inplace = options.weights is WeightPlacement.INPLACE
+    before = files_of(checkpoint)
+    output = tmp_path / "new" / "onnx"
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(checkpoint, checkpoint if inplace else output, options=options)
+    assert files_of(checkpoint) == before
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"custom_body": CustomBody.NESTED},
+        {"moe": MoeForm.FUSED, "weights": WeightPlacement.INPLACE},
+        {"moe": MoeForm.FUSED, "target": Target.ONNX27},
+    ],
+    ids=lambda choices: " ".join(choices),
+)
+def test_options_that_exclude_each_other_are_refused(choices):
+    with pytest.raises(UsageError, match="cannot be had"):
+        OnnxOptions(**choices)
+
+
+def test_command_prints_one_document(checkpoint, capsys):
+    code = main(["export", "onnx", str(checkpoint), "--weights", "inplace", "--json", "-q"])
+    document = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert document["weights"] == "inplace"
+    assert document["files"].keys() == {"model.onnx", "genai_config.json"}
+    assert document["functions"] == [
+        "com.microsoft::LinearAttention",
+        "com.microsoft::CausalConvWithState",
+    ]
+
+
+def test_command_asks_for_an_output_where_weights_are_copied(checkpoint, capsys):
+    code = main(["export", "onnx", str(checkpoint), "--json"])
+    assert code == 2
+    assert "no output folder" in json.loads(capsys.readouterr().out)["error"]["message"]
