@@ -1,11 +1,12 @@
 """Run the test Hub by hand: `python -m tests.hub_server tester/moonlet=examples/moonlet-7m`.
 
-It prints what to export, and serves until Ctrl-C; `--corrupt` and `--cut` make it misbehave.
+It prints what to export, and serves until Ctrl-C, when it tells what was asked; `--corrupt` and `--cut` make it misbehave.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import threading
@@ -28,6 +29,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as name, serve(Path(name), with_xet=asked.xet) as hub:
         hub.store.users[TOKEN] = "tester"
         for repository in asked.repositories:
