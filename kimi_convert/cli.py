@@ -24,7 +24,9 @@ from kimi_convert.commands import (
     export_onnx,
     generate,
     inspect,
+    parity,
     plan,
+    publish,
     validate,
 )
 from kimi_convert.commands._errors import (
@@ -60,9 +62,11 @@ _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
+_command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)
 _command(export_onnx.onnx, export_onnx.EXAMPLE, on=_export)
 _command(generate.generate, generate.EXAMPLE)
+_command(publish.publish, publish.EXAMPLE)
 _command(demo.demo, demo.EXAMPLE)
 _command(doctor.doctor, doctor.EXAMPLE)
 

@@ -191,8 +191,9 @@ def _cost_text(source: Path, recipe: Recipe, device: str) -> str:
     from kimi_convert.model.backend import usable_device
 
     assert recipe.calibration is not None
-    cost = calibration_cost(read_config(source), recipe.calibration)
-    seconds = seconds_text(max(10.0, cost.seconds(usable_device(device))))
+    on = usable_device(device)
+    cost = calibration_cost(read_config(source), recipe.calibration, on)
+    seconds = seconds_text(max(10.0, cost.seconds(on)))
     return (
         f"fitting to {recipe.calibration.tokens} tokens: about {seconds} and "
         f"{bytes_text(cost.memory_bytes)} of memory"

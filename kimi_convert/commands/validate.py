@@ -50,6 +50,9 @@ MaxTokensOpt = Annotated[int, typer.Option(help="The most tokens to measure on."
 MaxTokensPerKindOpt = Annotated[
     int, typer.Option(help="The same for each kind of text, so that one kind does not take all.")
 ]
+RecordOpt = Annotated[
+    bool, typer.Option("--record", help="Write what was found into the folder, for `publish`.")
+]
 
 
 def validate(
@@ -62,6 +65,7 @@ def validate(
     dtype: ModelDtypeOpt = Dtype.FLOAT32,
     device: DeviceOpt = "cpu",
     backend: BackendOpt = None,
+    record: RecordOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -71,6 +75,7 @@ def validate(
     Measured numbers (loss, KL) never make a checkpoint fail; damage and contradictions do.
     """
     from kimi_convert.validation import ValidationOptions, validate_checkpoint
+    from kimi_convert.validation.record import write_record
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     options = ValidationOptions(
@@ -85,6 +90,8 @@ def validate(
         report = validate_checkpoint(
             checkpoint, teacher=teacher, text=text, options=options, on_progress=on_progress
         )
+        if record:
+            write_record(report, checkpoint, on_progress=on_progress)
     output.show(report, lambda: validation_report(report))
     if not report.passed:
         raise typer.Exit(VerificationError.exit_code)

@@ -12,18 +12,25 @@ from kimi_convert.hub.reference import Reference, parse_reference, reference_of
 
 if TYPE_CHECKING:
     from kimi_convert.hub.download import DownloadResult, download_checkpoint
+    from kimi_convert.hub.publish import PublishOptions, PublishResult, publish_checkpoint
 
 __all__ = [
     "DownloadResult",
+    "PublishOptions",
+    "PublishResult",
     "Reference",
     "download_checkpoint",
     "parse_reference",
+    "publish_checkpoint",
     "reference_of",
 ]
 
 _HOMES = {
     "DownloadResult": "kimi_convert.hub.download",
     "download_checkpoint": "kimi_convert.hub.download",
+    "PublishOptions": "kimi_convert.hub.publish",
+    "PublishResult": "kimi_convert.hub.publish",
+    "publish_checkpoint": "kimi_convert.hub.publish",
 }
 
 

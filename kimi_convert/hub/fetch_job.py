@@ -16,11 +16,12 @@ from pathlib import Path
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes
 from kimi_convert.checkpoints.messages import sized
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
+from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import OutputError, ResourceError
 from kimi_convert.hub.places import FolderPlace, Place
 from kimi_convert.hub.remote import RemoteFile
-from kimi_convert.hub.selection import CONFIG_FILE, Selection
+from kimi_convert.hub.selection import Selection
 from kimi_convert.hub.transfer import Digest, StoppedError, Transfer, hash_file
 
 _STAGE = "downloading"

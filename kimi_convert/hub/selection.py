@@ -12,42 +12,13 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from kimi_convert.checkpoints.index import PICKLE_SUFFIXES, SINGLE_FILE
+from kimi_convert.checkpoints.manifest import ABOUT_FILES, SMALL_CONTENT_FILES
 from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.checkpoints.weight_map import INDEX_FILE, parse_weight_map
 from kimi_convert.errors import CheckpointError
 from kimi_convert.hub.remote import RemoteFile, Snapshot
 
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-SUMS_FILE = "SHA256SUMS"
-SIGNATURE_FILE = "model.sig"
-RECORD_FILE = "validation.json"
-
-# Data and terms that belong to a checkpoint beside its weights.
-SMALL_FILES = (
-    CONFIG_FILE,
-    INDEX_FILE,
-    "generation_config.json",
-    "conversion.json",
-    RECORD_FILE,
-    SUMS_FILE,
-    SIGNATURE_FILE,
-    CARD_FILE,
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tiktoken.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
-
+_SMALL_FILES = (*SMALL_CONTENT_FILES, *ABOUT_FILES)
 _MAX_PATH_BYTES = 1024
 _MAX_PART_BYTES = 255
 _HOSTILE = "Do not use this repository unless you know who made it."
@@ -86,7 +57,7 @@ def select(
             files of this repository, or a wanted path is not safe.
     """
     shards = shard_files(snapshot, read)
-    default = {*SMALL_FILES, *shards}
+    default = {*_SMALL_FILES, *shards}
     wanted: list[RemoteFile] = []
     left_out: list[tuple[str, str]] = []
     for path, file in sorted(snapshot.files.items()):

@@ -45,7 +45,12 @@ class MlaCache:
             self._grow(max(end, 2 * capacity, _FIRST_CAPACITY))
         self._rows[:, self.length : end] = rows.detach()
         self.length = end
-        return self._rows[:, :end]
+        return self.rows
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """A view [B, S, R + r] of everything kept."""
+        return self._rows[:, : self.length]
 
     @property
     def nbytes(self) -> int:

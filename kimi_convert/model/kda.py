@@ -100,7 +100,7 @@ class KimiDeltaAttention(KernelModule):
             v,
             self._heads(self.f_b(self.f_a(x))),  # [B, T, H, K]
             beta if self._sigmoid_is_fused else beta.sigmoid(),
-            gate=self._gate(),
+            gate=self.gate_law(),
             qk_norm=self._norm_is_fused,
             beta_logits=self._sigmoid_is_fused,
             initial_state=past.state,
@@ -143,7 +143,7 @@ class KimiDeltaAttention(KernelModule):
             conv_weights=self._conv_weights(),
             conv_states=(cache.q_conv, cache.k_conv, cache.v_conv),
             state=cache.state,
-            gate=self._gate(),
+            gate=self.gate_law(),
             norm_weight=self.o_norm.weight,
             norm_eps=self.o_norm.eps,
             backend=self.backend,
@@ -163,7 +163,8 @@ class KimiDeltaAttention(KernelModule):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # [B, T, P] -> [B, T, H, K]
 
-    def _gate(self) -> Gate:
+    def gate_law(self) -> Gate:
+        """Return the law of the decay with this layer's parameters."""
         return Gate(
             A_log=self.A_log.flatten(), dt_bias=self.dt_bias.unflatten(0, (self.num_heads, -1))
         )

@@ -89,16 +89,20 @@ class Router(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> Routing:
         """Route tokens [N, D]."""
-        precision = self.numerics.router.resolve(tokens.dtype)
-        logits = F.linear(tokens.to(precision), self.weight.to(precision)).to(self.weight.dtype)
-        scores = _SCORES[self.sizes.scoring](logits)  # [N, E]
-        biased = scores if self.bias is None else scores + self.bias
+        scores, biased = self.scores(tokens)
         experts = self._choose(biased)  # [N, k]
         by_bias = self.numerics.router_weight is RouterWeight.BIASED
         weights = (biased if by_bias else scores).gather(1, experts)
         if self.sizes.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + _RENORMALIZE_EPS)
         return Routing(weights * self.sizes.routed_scaling_factor, experts)
+
+    def scores(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every expert's score [N, E] for tokens [N, D], without and with the bias."""
+        precision = self.numerics.router.resolve(tokens.dtype)
+        logits = F.linear(tokens.to(precision), self.weight.to(precision)).to(self.weight.dtype)
+        scores = _SCORES[self.sizes.scoring](logits)
+        return scores, scores if self.bias is None else scores + self.bias
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         sizes = self.sizes

@@ -29,6 +29,7 @@ from kimi_convert.model.cache import LayerCache, new_cache
 from kimi_convert.model.kda import KdaForm
 from kimi_convert.model.loading import LayerLoader, open_layers
 from kimi_convert.model.moe import Routing
+from kimi_convert.validation.bounds import error_bound
 from kimi_convert.validation.metrics import MaxRelativeError, token_slices
 from kimi_convert.validation.options import ValidationOptions
 from kimi_convert.validation.report import ConsistencyReport, FormError
@@ -64,27 +65,6 @@ _FORMS = (
     _Form("decode token by token", KdaForm.RECURRENT, _single),
 )
 _PLAIN = _Form("prefill in plain torch", KdaForm.CHUNK, None, backend=Backend.TORCH)
-
-# Bounds on max |difference| / max |logit|.
-#
-# fp32 is what this project promises for any depth; 8 layers give 2e-6.
-#
-# In the half dtypes sums are kept in fp32 and a value is rounded where it is stored, about 16
-# times on its way through a layer, each time by at most eps / 2 of its size. Roundings are
-# independent, so L layers add up to sqrt(16 L) eps / 2 = 2 eps sqrt(L), two runs differ by
-# sqrt(2) times that, and the largest error stands to the largest logit as their standard
-# deviations do: 2.8 eps sqrt(L), rounded up to 4. 8 layers give 1.1 to 1.8 eps sqrt(L).
-_FP32_BOUND = 1e-5
-_HALF_FACTOR = 4.0
-_BOUNDS: Mapping[torch.dtype, Callable[[int], float]] = {
-    torch.float32: lambda num_layers: _FP32_BOUND,
-    torch.bfloat16: lambda num_layers: _half_bound(torch.bfloat16, num_layers),
-    torch.float16: lambda num_layers: _half_bound(torch.float16, num_layers),
-}
-
-
-def _half_bound(dtype: torch.dtype, num_layers: int) -> float:
-    return _HALF_FACTOR * torch.finfo(dtype).eps * num_layers**0.5
 
 
 @torch.inference_mode()
@@ -126,7 +106,7 @@ def measure_consistency(
             form: _logits_error(head, stream.hidden, expected, vocab_size=layers.config.vocab_size)
             for form, stream in streams.items()
         }
-    bound = _BOUNDS[options.torch_dtype](num_layers)
+    bound = error_bound(options.torch_dtype, num_layers)
     return ConsistencyReport(
         tokens=source,
         sequences=tokens.shape[0],

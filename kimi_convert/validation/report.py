@@ -181,14 +181,14 @@ class ValidationReport:
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `validate --json` prints."""
-        body = cast("dict[str, object]", _plain(self))
+        body = cast("dict[str, object]", plain(self))
         return {"format": FORMAT, "passed": self.passed, **body}
 
 
-def _plain(value: object) -> object:
-    """Return a value as JSON has it."""
+def plain(value: object) -> object:
+    """Return a value as JSON has it; a number that is not finite becomes null."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, StrEnum | Path):
@@ -196,7 +196,7 @@ def _plain(value: object) -> object:
     if isinstance(value, frozenset):
         return sorted(str(item) for item in cast("frozenset[object]", value))
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in cast("Mapping[object, object]", value).items()}
+        return {str(k): plain(v) for k, v in cast("Mapping[object, object]", value).items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in cast("Sequence[object]", value)]
+        return [plain(item) for item in cast("Sequence[object]", value)]
     return value

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from kimi_convert import __version__
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
@@ -17,12 +13,12 @@ from kimi_convert.errors import VerificationError
 from kimi_convert.kernels.backend import resolve_backend
 from kimi_convert.model.backend import usable_device
 from kimi_convert.validation.consistency import measure_consistency
+from kimi_convert.validation.environment import this_environment
 from kimi_convert.validation.integrity import TENSORS, check_integrity
 from kimi_convert.validation.options import Check, ValidationOptions
 from kimi_convert.validation.quality import converted_layers, measure_quality
 from kimi_convert.validation.report import (
     ConsistencyReport,
-    Environment,
     Finding,
     NotRun,
     QualityReport,
@@ -100,7 +96,7 @@ def validate_checkpoint(
         findings=(*found, *inconsistent, *unmeasured),
         not_run=not_run,
         options=options,
-        environment=_environment(),
+        environment=this_environment(),
     )
 
 
@@ -206,13 +202,3 @@ def _quality(job: _Job, sample: Sample | None) -> tuple[QualityReport | None, tu
             Finding(Severity.ERROR, Check.QUALITY, error.where, error.message, found=error.found),
         )
     return report, ()
-
-
-def _environment() -> Environment:
-    return Environment(
-        kimi_convert=__version__,
-        python=platform.python_version(),
-        torch=str(torch.__version__),
-        system=platform.platform(),
-        threads=torch.get_num_threads(),
-    )

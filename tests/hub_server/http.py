@@ -83,6 +83,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's kernel
     server: HubServer
 
     def log_message(self, *_: object) -> None:

@@ -7,6 +7,7 @@ shards; nothing else there is touched.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.errors import CheckpointError, OutputError, VerificationError
+from kimi_convert.exporters.onnx.genai import GENAI_CONFIG_FILE, genai_config, genai_runs
 from kimi_convert.exporters.onnx.graph import build_model
 from kimi_convert.exporters.onnx.options import OnnxOptions, WeightPlacement
 from kimi_convert.exporters.onnx.weights import (
@@ -130,12 +132,21 @@ def _export_inplace(job: _Job, output: Path) -> OnnxExportResult:
     _refuse_links(job.index)
     store = InplaceWeights(job.index, job.stored_names, job.config)
     model = build_model(job.config, job.options, store)
-    with add_files(job.folder, (MODEL_FILE,)) as addition:
-        path = addition.path(MODEL_FILE)
-        path.write_bytes(serialized(model))
-        check_file(path)
-        nbytes = path.stat().st_size
-    return _result(job, job.folder, model, ((MODEL_FILE, nbytes),))
+    contents = {MODEL_FILE: serialized(model), **_companions(job)}
+    with add_files(job.folder, tuple(contents)) as addition:
+        for name, content in contents.items():
+            addition.path(name).write_bytes(content)
+        check_file(addition.path(MODEL_FILE))
+    files = tuple((name, len(content)) for name, content in contents.items())
+    return _result(job, job.folder, model, files)
+
+
+def _companions(job: _Job) -> dict[str, bytes]:
+    """Return the small files that stand beside a graph."""
+    if not genai_runs(job.options):
+        return {}
+    document = genai_config(job.config, model_file=MODEL_FILE)
+    return {GENAI_CONFIG_FILE: json.dumps(document, indent=2).encode() + b"\n"}
 
 
 def _refuse_links(index: CheckpointIndex) -> None:
@@ -172,6 +183,8 @@ def _export_copy(job: _Job, output: Path, on_progress: ProgressCallback) -> Onnx
         on_progress(ProgressEvent("writing weights", total, total, "bytes"))
         target.write_bytes(MODEL_FILE, serialized(model))
         check_file(target.unfinished_path(MODEL_FILE))
+        for name, content in _companions(job).items():
+            target.write_bytes(name, content)
         for name in tokenizer_files(job.folder):
             target.copy_file(job.folder / name)
         files = tuple((file.name, file.nbytes) for file in target.files)

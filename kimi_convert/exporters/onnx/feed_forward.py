@@ -74,7 +74,7 @@ def _route(m: ModelBuilder, x: ir.Value, prefix: str, sizes: MoeConfig) -> Routi
     if sizes.num_groups > 1 and sizes.topk_method in _COUNTED:
         choice = _within_best_groups(m, choice, sizes)
     _, experts = _top(m, choice, sizes.num_experts_per_token)
-    weights = m.op("GatherElements", scores, experts, attributes={"axis": -1})
+    weights = m.op("GatherElements", scores, experts, attributes={"axis": 1})
     if sizes.renormalize:
         total = m.op("ReduceSum", weights, m.integers(-1), attributes={"keepdims": 1})
         weights = m.op("Div", weights, m.op("Add", total, m.number(_RENORMALIZE_EPS)))
@@ -91,7 +91,7 @@ def _within_best_groups(m: ModelBuilder, choice: ir.Value, sizes: MoeConfig) -> 
     kept_scores, kept = _top(m, group_scores, sizes.topk_groups)
     none = m.op("ConstantOfShape", m.op("Shape", group_scores))
     one = m.op("Add", m.op("Mul", kept_scores, m.number(0.0)), m.number(1.0))
-    mask = m.op("ScatterElements", none, kept, one, attributes={"axis": -1})
+    mask = m.op("ScatterElements", none, kept, one, attributes={"axis": 1})
     keep = m.op("Unsqueeze", m.cast(mask, ir.DataType.BOOL), m.integers(-1))
     limited = m.op("Where", keep, groups, m.number(float("-inf")))
     return m.reshape(limited, 0, sizes.num_experts)
@@ -222,7 +222,7 @@ def _fused_experts(m: ModelBuilder, x: ir.Value, routing: Routing, layer_idx: in
     )
     unchosen = m.op("Expand", m.number(_UNCHOSEN), shape)
     told = m.op(
-        "ScatterElements", unchosen, routing.experts, logs, attributes={"axis": -1}, name="logs"
+        "ScatterElements", unchosen, routing.experts, logs, attributes={"axis": 1}, name="logs"
     )
     mixed = m.op(
         "MoE",

@@ -121,7 +121,7 @@ class KdaOperators:
         if self._options.custom_body is CustomBody.PORTABLE:
             return (delta_attention_function(opset), short_conv_function(opset, self._conv_size))
         nested = (nested_delta_attention_function(opset), nested_short_conv_function(opset))
-        return (*nested, *microsoft)
+        return (*microsoft, *nested)  # the reference evaluator reads them in order
 
     @property
     def _domain(self) -> str:

@@ -126,12 +126,12 @@ class ModelBuilder(GraphBuilder):
         self.states.append(StatePair(past, present))
 
 
-def past_name(layer_idx: int, part: str) -> str:
+def past_name(layer_idx: int | str, part: str) -> str:
     """Return the input of a layer's state; onnxruntime-genai finds states by these names."""
     return f"past_key_values.{layer_idx}.{part}"
 
 
-def present_name(layer_idx: int, part: str) -> str:
+def present_name(layer_idx: int | str, part: str) -> str:
     """Return the output of a layer's state."""
     return f"present.{layer_idx}.{part}"
 

@@ -73,7 +73,7 @@ def test_chunked_recurrent_and_cached_decode_agree(gates, length, request):
 def test_gates_of_the_forgetful_model_reach_minus_twenty(forgetful):
     x = forgetful.layers[0].input_norm(forgetful.embed(tokens_of(100)))
     kda = forgetful.layers[0].kda
-    g = kda._gate().log_decay(kda._heads(kda.f_b(kda.f_a(x))))
+    g = kda.gate_law().log_decay(kda._heads(kda.f_b(kda.f_a(x))))
     assert g.mean() < -20
     assert g.min() < -40
 

@@ -33,13 +33,13 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_weights_in_place_add_one_file_and_copy_no_weight(checkpoint):
+def test_weights_in_place_add_a_graph_and_copy_no_weight(checkpoint):
     before = files_of(checkpoint)
     result = export_onnx(checkpoint, checkpoint, options=INPLACE)
     after = files_of(checkpoint)
-    graph = after.pop("model.onnx")
+    graph, _ = after.pop("model.onnx"), after.pop("genai_config.json")
     assert after == before
-    assert dict(result.files) == {"model.onnx": len(graph)}
+    assert dict(result.files)["model.onnx"] == len(graph)
     held = onnx.load_model_from_string(graph).graph.initializer
     places = [{e.key: e.value for e in t.external_data} for t in held if t.external_data]
     assert {place["location"] for place in places} == {"model.safetensors"}
@@ -48,7 +48,7 @@ def test_weights_in_place_add_one_file_and_copy_no_weight(checkpoint):
 def test_copied_weights_lie_in_one_file_beside_the_graph(checkpoint, tmp_path):
     output = tmp_path / "onnx"
     result = export_onnx(checkpoint, output)
-    assert files_of(output).keys() == {"model.onnx", "model.onnx.data"}
+    assert files_of(output).keys() == {"genai_config.json", "model.onnx", "model.onnx.data"}
     assert {name: len(data) for name, data in files_of(output).items()} == dict(result.files)
 
 
@@ -136,7 +136,7 @@ def test_command_prints_one_document(checkpoint, capsys):
     document = json.loads(capsys.readouterr().out)
     assert code == 0
     assert document["weights"] == "inplace"
-    assert document["files"].keys() == {"model.onnx"}
+    assert document["files"].keys() == {"model.onnx", "genai_config.json"}
     assert document["functions"] == [
         "com.microsoft::LinearAttention",
         "com.microsoft::CausalConvWithState",

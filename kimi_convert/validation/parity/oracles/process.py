@@ -1,0 +1,85 @@
+"""How an oracle's process is asked and answers: a JSON file in, a file of tensors out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import kimi_convert
+from kimi_convert.validation.parity.trace import Trace, load_trace, save_trace
+
+_PACKAGE_PARENT = str(Path(kimi_convert.__file__).parents[1])
+_LAST_LINES = 1
+
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OracleRequest:
+    """What an oracle shall compute, in fp32 on the CPU."""
+
+    folder: str
+    tokens: list[list[int]]  # [B, T]
+    forms: list[str]  # of PREFILL, all tokens at once, and DECODE, one at a time with a cache
+    prompt: list[int]
+    new_tokens: int  # of the greedy continuation, which goes with the first form; 0 for none
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Tokens [B, T] int64."""
+        return torch.tensor(self.tokens)
+
+
+class OracleFailedError(Exception):
+    """The library does not run this checkpoint; the message is its last words."""
+
+
+def ask_oracle(module: str, request: OracleRequest) -> dict[str, Trace]:
+    """Run a module of this package in a process and return its trace in each form.
+
+    Raises:
+        OracleFailedError: it ended with an error.
+    """
+    with tempfile.TemporaryDirectory(prefix="kimi-convert-parity-") as name:
+        folder = Path(name)
+        asked = folder / "request.json"
+        asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
+        paths = (_PACKAGE_PARENT, os.environ.get("PYTHONPATH", ""))
+        done = subprocess.run(  # noqa: S603  (this interpreter, this package)
+            [sys.executable, "-m", module, str(asked)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        answers = {form: folder / _file_name(form) for form in request.forms}
+        if done.returncode != 0 or not all(path.exists() for path in answers.values()):
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            said = " ".join(lines[-_LAST_LINES:]) or f"exit code {done.returncode}"
+            raise OracleFailedError(said)
+        return {form: load_trace(path) for form, path in answers.items()}
+
+
+def answer_request(
+    compute: Callable[[OracleRequest], Mapping[str, Trace]], arguments: list[str]
+) -> None:
+    """Answer the request that an oracle's process was started with."""
+    (asked,) = map(Path, arguments)
+    request = OracleRequest(**json.loads(asked.read_text(encoding="utf-8")))
+    for form, trace in compute(request).items():
+        save_trace(trace, asked.with_name(_file_name(form)))
+
+
+def _file_name(form: str) -> str:
+    return f"{form}.safetensors"

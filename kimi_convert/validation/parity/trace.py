@@ -1,0 +1,64 @@
+"""What one implementation computed on given tokens, and how it travels between processes.
+
+A file holds tensors alone: their names are probes, so nothing in it can do anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kimi_convert.validation.parity.stages import LOGITS_PROBE, Probe
+
+_GREEDY_IDS, _GREEDY_LOGITS = "greedy ids", "greedy logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """A prompt continued by the likeliest token, again and again."""
+
+    ids: torch.Tensor  # [N] int64, the prompt left out
+    logits: torch.Tensor  # [N, vocab], what each id was chosen from
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Values at every probe that an implementation reports, on the CPU."""
+
+    values: Mapping[Probe, torch.Tensor]
+    greedy: Greedy | None = None
+    rerouted: int = 0  # tokens and layers where a near tie between experts was followed
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[B, T, vocab]."""
+        return self.values[LOGITS_PROBE]
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write values and continuation to a file."""
+    tensors = {
+        f"{probe.layer_idx} {probe.stage}": values.contiguous()
+        for probe, values in trace.values.items()
+    }
+    if trace.greedy is not None:
+        tensors[_GREEDY_IDS] = trace.greedy.ids
+        tensors[_GREEDY_LOGITS] = trace.greedy.logits.contiguous()
+    # Copies: two probes may share memory, which the format refuses.
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+
+
+def load_trace(path: Path) -> Trace:
+    """Read what `save_trace` wrote."""
+    tensors = load_file(path)
+    ids, logits = tensors.pop(_GREEDY_IDS, None), tensors.pop(_GREEDY_LOGITS, None)
+    greedy = None if ids is None or logits is None else Greedy(ids, logits)
+    values: dict[Probe, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer_idx, _, stage = name.partition(" ")
+        values[Probe(int(layer_idx), stage)] = tensor
+    return Trace(values, greedy)

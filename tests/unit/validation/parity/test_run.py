@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from kimi_convert.errors import UsageError
+from kimi_convert.validation.parity.oracles.process import (
+    OracleFailedError,
+    OracleRequest,
+    ask_oracle,
+)
+from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
+from kimi_convert.validation.parity.runners import RUNNERS, OracleRunner
+from tests.integration.command_line import run_here
+from tests.tiny import tiny_config, write_tiny_checkpoint
+
+FORMS = ParityOptions(against=("recurrent", "decode"), tokens=20, new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("r") / "c", tiny_config("kimi_linear"))
+
+
+def test_every_pair_is_compared_once(checkpoint):
+    report = compare_implementations(checkpoint, options=FORMS)
+    assert [one.name for one in report.implementations] == ["recurrent", "decode"]
+    assert [(pair.first, pair.second) for pair in report.pairs] == [
+        ("torch", "recurrent"),
+        ("torch", "decode"),
+        ("recurrent", "decode"),
+    ]
+    assert report.passed
+    json.dumps(report.to_json())
+
+
+def test_artifact_is_compared_under_its_folders_name(checkpoint, tmp_path):
+    run_here("export", "safetensors", checkpoint, tmp_path / "half", "--dtype", "bfloat16")
+    report = compare_implementations(
+        checkpoint, [tmp_path / "half"], options=ParityOptions(against=("torch",), tokens=20)
+    )
+    (found,) = report.implementations
+    assert (found.name, found.dtype) == ("half", "bfloat16")
+    assert found.comparison.bound > 1e-3
+    assert report.passed
+
+
+def test_library_that_is_not_there_is_said_to_be_absent(checkpoint, monkeypatch):
+    monkeypatch.setattr("kimi_convert.validation.parity.runners.find_spec", lambda package: None)
+    options = ParityOptions(against=("transformers",), tokens=20)
+    with pytest.raises(UsageError, match="transformers cannot run here") as caught:
+        compare_implementations(checkpoint, options=options)
+    assert "kimi-convert[oracles]" in str(caught.value)
+
+
+def test_runtime_that_the_plan_rules_out_is_not_asked(tmp_path):
+    config = tiny_config("kimi_linear", q_lora_rank=20)
+    folder = write_tiny_checkpoint(tmp_path / "c", config)
+    done = run_here("parity", folder, "--against", "mlx-lm", "--tokens", 20)
+    assert done.returncode == 2
+    assert "full-rank q" in done.stderr
+
+
+def test_library_that_fails_makes_parity_fail(checkpoint, monkeypatch):
+    def fail(module, request):
+        raise OracleFailedError("ValueError: no such tensor")
+
+    monkeypatch.setattr("kimi_convert.validation.parity.runners.ask_oracle", fail)
+    monkeypatch.setattr(
+        "kimi_convert.validation.parity.runners.find_spec", lambda package: object()
+    )
+    done = run_here("parity", checkpoint, "--against", "mlx-lm", "--tokens", 20)
+    assert done.returncode == 6
+    assert "Failed: mlx-lm. ValueError: no such tensor" in done.stdout
+
+
+def test_process_that_fails_gives_its_last_words(tmp_path):
+    request = OracleRequest(folder="", tokens=[[1]], forms=["prefill"], prompt=[], new_tokens=0)
+    (tmp_path / "saying.py").write_text("import sys\nsys.exit('no such model')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "PYTHONPATH", str(tmp_path))
+        with pytest.raises(OracleFailedError, match=r"^no such model$"):
+            ask_oracle("saying", request)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--against", "pytorch"), "recurrent, pieces"),
+        (("--tokens", 1), "tokens is not valid"),
+        (("--new-tokens", -1), "new_tokens is not valid"),
+        (("--text", "missing.txt"), "missing.txt"),
+    ],
+)
+def test_wrong_arguments_are_refused(checkpoint, arguments, words):
+    done = run_here("parity", checkpoint, *arguments)
+    assert done.returncode in (2, 3)
+    assert words in done.stderr
+
+
+def test_folder_that_is_no_checkpoint_is_refused(checkpoint, tmp_path):
+    for arguments in ([tmp_path], [checkpoint, tmp_path]):
+        done = run_here("parity", *arguments, "--json")
+        assert done.returncode == 3
+        assert json.loads(done.stdout)["error"]["type"] == "ConfigError"
+
+
+def test_names_are_unique_and_every_oracle_is_a_module():
+    names = [runner.name for runner in RUNNERS]
+    assert len(set(names)) == len(names)
+    assert {r.module for r in RUNNERS if isinstance(r, OracleRunner)} == {
+        "mlx_lm_model",
+        "transformers_native",
+    }
