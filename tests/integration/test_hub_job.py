@@ -124,7 +124,14 @@ def test_interrupt_ends_with_130_and_keeps_what_came(slow_hub, tmp_path):
     hub.fault("GET .*/model.safetensors", cut=50_000_000, hang=going_on)
     arguments = command("download", "tester/big", "--local-dir", tmp_path / "out")
     extra = environment(**hub_environment(hub, tmp_path))
-    process = subprocess.Popen(arguments, env=extra, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        env=extra,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal, also where these tests run in a shell's background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(lambda: sum(p.stat().st_size for p in tmp_path.rglob("*.incomplete")) == 50_000_000)
     process.send_signal(signal.SIGINT)
     going_on.set()
