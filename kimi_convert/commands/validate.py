@@ -54,6 +54,15 @@ MaxTokensOpt = Annotated[int, typer.Option(help="The most tokens to measure on."
 MaxTokensPerKindOpt = Annotated[
     int, typer.Option(help="The same for each kind of text, so that one kind does not take all.")
 ]
+VerifySignatureOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--verify-signature",
+        metavar="FILE",
+        help="Public key (PEM) that the folder must be signed with.",
+        show_default=False,
+    ),
+]
 RecordOpt = Annotated[
     bool, typer.Option("--record", help="Write what was found into the folder, for `publish`.")
 ]
@@ -69,6 +78,7 @@ def validate(
     dtype: ModelDtypeOpt = Dtype.FLOAT32,
     device: DeviceOpt = "cpu",
     backend: BackendOpt = None,
+    verify_signature: VerifySignatureOpt = None,
     record: RecordOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -97,6 +107,7 @@ def validate(
             fetch_source(checkpoint, on_progress=on_progress),
             teacher=teacher and fetch_source(teacher, on_progress=on_progress),
             text=text,
+            public_key=verify_signature,
             options=options,
             on_progress=on_progress,
         )
@@ -141,6 +152,11 @@ def _integrity(report: ValidationReport) -> Facts:
     if found.hashes_from:
         recorded = ", ".join(found.hashes_from)
         hashes = f"{files_text(found.files_hashed)}, {found.tensors_hashed} tensors as {recorded} records"
+    signed = (
+        ()
+        if report.signed_files is None
+        else (("signature", f"holds for {files_text(report.signed_files)}"),)
+    )
     return Facts(
         f"Integrity of {report.checkpoint}",
         (
@@ -148,6 +164,7 @@ def _integrity(report: ValidationReport) -> Facts:
             ("searched for NaN and Inf", str(found.values_scanned)),
             ("hashes", hashes),
             ("left out", str(len(found.left_out))),
+            *signed,
         ),
     )
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.hub_server.fixtures import TOKEN, USER, hub_environment
 from tests.integration.command_line import command, environment, run_cli, run_here
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "moonlet-7m"
+SCRIPT = EXAMPLE.parent / "publish.sh"
 SHARD_BYTES = 200_000_000
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -52,6 +54,24 @@ def test_whole_job_through_http_gives_the_same_bytes_back(hub, tmp_path):
     assert {"SHA256SUMS", "conversion.json"} <= set(report["integrity"]["hashes_from"])
     card = (tmp_path / "again" / "README.md").read_text("utf-8")
     assert 'base_model: "tester/moonlet"' in card
+
+
+@pytest.mark.slow
+def test_script_converts_publishes_and_compares(hub, tmp_path):
+    hub.store.create("tester/moonlet").seed(EXAMPLE)
+    extra = {
+        **hub_environment(hub, tmp_path),
+        "KIMI_CONVERT": f"{sys.executable} -m kimi_convert",
+        "WORK": str(tmp_path / "work"),
+    }
+    arguments = [SCRIPT, "tester/moonlet", "tester/moonlet-kda", "--no-text"]
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment(**extra), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "byte for byte" in done.stdout
+    assert hub.store.repositories["tester/moonlet-kda"].private
+    assert contents(tmp_path / "work" / "hybrid") == contents(tmp_path / "work" / "again")
 
 
 @pytest.fixture
