@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
+from kimi_convert.commands._source import open_streamed, open_whole
 from kimi_convert.commands.plan import plan_report, plan_source, runtimes_table
 from kimi_convert.errors import HubError, ResourceError, UsageError, VerificationError
 
@@ -67,6 +69,13 @@ DistillOpt = Annotated[
 NoTextOpt = Annotated[
     bool, typer.Option("--no-text", help="Fit nothing: a start for training, made in seconds.")
 ]
+DiscardOpt = Annotated[
+    bool,
+    typer.Option(
+        "--discard-source-shards",
+        help="Fetch each file of a source on the Hub when it is read, and remove it after.",
+    ),
+]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 
 
@@ -84,6 +93,7 @@ def convert(
     jobs: JobsOpt = 1,
     engine: EngineOpt = EngineName.LOCAL,
     resume: ResumeOpt = False,
+    discard: DiscardOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -104,34 +114,27 @@ def convert(
         plan = plan_source(source, chosen, limit=limit)
         output.show(plan, lambda: plan_report(plan))
         return
-    folder = _whole(source, chosen, limit, output)
-    if chosen.calibration is not None:
-        output.note(_cost_text(folder, chosen, device))
-    with _resumable(output_folder, output), output.progress() as on_progress:
+    runner = _runner(jobs, engine)
+    how = partial(open_streamed, output=output_folder) if discard else open_whole
+    with (
+        _resumable(output_folder, output),
+        output.progress() as on_progress,
+        how(source, chosen, limit=limit, runner=runner, on_progress=on_progress) as opened,
+    ):
+        if chosen.calibration is not None:
+            output.note(_cost_text(opened.folder, chosen, device))
         result = convert_checkpoint(
-            folder,
+            opened.folder,
             output_folder,
             recipe=chosen,
             text=calibration,
             device=device,
             max_shard_bytes=limit,
             resume=resume,
-            runner=_runner(jobs, engine),
+            runner=opened.runner,
             on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
-
-
-def _whole(source: Path, recipe: Recipe, limit: int, output: Output) -> Path:
-    """Return the source's folder; what would refuse a repository does so before its download."""
-    from kimi_convert.hub import reference_of
-    from kimi_convert.hub.sources import fetch_source
-
-    if reference_of(source) is None:
-        return source
-    plan_source(source, recipe, limit=limit)
-    with output.progress() as on_progress:
-        return fetch_source(source, on_progress=on_progress)
 
 
 def conversion_report(result: ConversionResult) -> Report:
@@ -195,7 +198,7 @@ def _resumable(folder: Path, output: Output) -> Generator[None]:
 
     try:
         yield
-    except (KeyboardInterrupt, ResourceError, VerificationError):
+    except (KeyboardInterrupt, HubError, ResourceError, VerificationError):
         work, partial = work_folder(folder), folder / PARTIAL_FOLDER
         if work.is_dir():
             output.note(
