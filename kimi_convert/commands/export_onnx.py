@@ -16,6 +16,8 @@ from kimi_convert.exporters.onnx.options import (
     MlaForm,
     MoeForm,
     OnnxOptions,
+    Precision,
+    Quantization,
     Target,
     WeightPlacement,
     require_onnx,
@@ -51,6 +53,13 @@ MoeOpt = Annotated[
     MoeForm | None,
     typer.Option(help="How routed experts run; by default the fastest.", show_default=False),
 ]
+PrecisionOpt = Annotated[
+    Precision, typer.Option(help="Of weights and activations; bf16 is of stored weights alone.")
+]
+QuantizeOpt = Annotated[
+    Quantization | None,
+    typer.Option(help="Store matrices as integers in blocks of 32.", show_default=False),
+]
 LastLogitsOpt = Annotated[
     bool, typer.Option("--last-logits", help="Give logits of the last position alone.")
 ]
@@ -64,6 +73,8 @@ def onnx(
     weights: WeightsOpt = WeightPlacement.COPY,
     mla: MlaOpt = MlaForm.MATERIALISED,
     moe: MoeOpt = None,
+    precision: PrecisionOpt = Precision.FP32,
+    quantize: QuantizeOpt = None,
     last_logits: LastLogitsOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -76,6 +87,8 @@ def onnx(
         weights=weights,
         mla=mla,
         moe=moe,
+        precision=precision,
+        quantize=quantize,
         last_logits=last_logits,
     )
     folder = options.output_folder(checkpoint, output_folder)

@@ -22,19 +22,17 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.errors import CheckpointError, OutputError, VerificationError
+from kimi_convert.exporters.onnx.copied_weights import DATA_FILE, CopiedWeights, PlannedBytes
 from kimi_convert.exporters.onnx.genai import GENAI_CONFIG_FILE, genai_config, genai_runs
 from kimi_convert.exporters.onnx.graph import build_model
-from kimi_convert.exporters.onnx.options import OnnxOptions, WeightPlacement
-from kimi_convert.exporters.onnx.weights import (
-    DATA_FILE,
-    CopiedWeights,
-    InplaceWeights,
-    PlannedBytes,
-)
+from kimi_convert.exporters.onnx.options import OnnxOptions, Precision, WeightPlacement
+from kimi_convert.exporters.onnx.weights import InplaceWeights
 from kimi_convert.model.names.layout import match_checkpoint
 from kimi_convert.model.tokenizer import tokenizer_files
 
 MODEL_FILE = "model.onnx"
+
+_STORED = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +54,8 @@ class OnnxExportResult:
             "weights": self.options.weights.value,
             "mla": self.options.mla.value,
             "moe": self.options.moe_form.value,
+            "precision": self.options.precision.value,
+            "quantize": self.options.quantize.value if self.options.quantize else None,
             "last_logits": self.options.last_logits,
             "nodes": self.nodes,
             "functions": list(self.functions),
@@ -166,7 +166,9 @@ def _refuse_links(index: CheckpointIndex) -> None:
 
 
 def _export_copy(job: _Job, output: Path, on_progress: ProgressCallback) -> OnnxExportResult:
-    store = CopiedWeights(job.index, job.stored_names, job.config, dtype="F32")
+    store = CopiedWeights(
+        job.index, job.stored_names, job.config, dtype=_STORED[job.options.precision]
+    )
     model = build_model(job.config, job.options, store)
     total, done = sum(part.source_bytes for part in store.planned), 0
 
