@@ -32,15 +32,7 @@ def kda_mixer(m: ModelBuilder, operators: KdaOperators, x: ir.Value, layer_idx: 
     prefix, heads, width = f"layers.{layer_idx}.kda.", sizes.num_heads, sizes.head_dim
     inner = heads * width  # P
     q, k, v = _convolved(m, operators, x, layer_idx)  # [B, T, P]
-    q, k = (
-        m.reshape(
-            m.unit_norm(
-                m.reshape(y, 0, 0, heads, width), width=width, eps=UNIT_NORM_EPS, name=name
-            ),
-            *(0, 0, inner),
-        )
-        for y, name in ((q, "q_unit"), (k, "k_unit"))
-    )
+    q, k = (_unit(m, y, name) for y, name in ((q, "q_unit"), (k, "k_unit")))
     beta_logits = m.linear(x, prefix + "b.weight", role=MatrixRole.SENSITIVE, name="beta_logits")
     beta = m.op("Sigmoid", m.widen(beta_logits), name="beta")
     shape = (BATCH, heads, width, width)
@@ -73,6 +65,15 @@ def _convolved(
     convolved, state = operators.short_conv(m, qkv, m.concat(*taps, axis=0, name="taps"), past)
     m.keep_state(past, state, present_name(layer_idx, CONV_STATE), shape)
     return m.split(convolved, (inner, inner, inner))
+
+
+def _unit(m: ModelBuilder, y: ir.Value, name: str) -> ir.Value:
+    """Return y [B, T, P] with every head at unit length, in fp32."""
+    sizes = m.config.kda
+    assert sizes is not None
+    heads = m.widen(m.reshape(y, 0, 0, sizes.num_heads, sizes.head_dim))
+    unit = m.unit_norm(heads, width=sizes.head_dim, eps=UNIT_NORM_EPS, name=name)
+    return m.reshape(unit, 0, 0, sizes.num_heads * sizes.head_dim)
 
 
 def _log_decay(m: ModelBuilder, x: ir.Value, prefix: str) -> ir.Value:

@@ -160,7 +160,7 @@ def require_onnx() -> None:
     Raises:
         UsageError: it is not.
     """
-    missing = [name for name in ("onnx", "onnx_ir") if find_spec(name) is None]
+    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise UsageError(
             "the ONNX exporter needs packages that are not installed",
