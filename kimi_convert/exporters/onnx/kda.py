@@ -111,4 +111,5 @@ def _output(m: ModelBuilder, x: ir.Value, mixed: ir.Value, prefix: str) -> ir.Va
     )
     opened = m.op("Sigmoid", m.widen(gate))
     gated = m.op("Mul", m.reshape(normed, -1, heads * width), opened)
-    return m.linear(m.narrow(gated), prefix + "o.weight", name="kda_output")
+    output = prefix + "o.weight"
+    return m.linear(m.narrow(gated), output, role=MatrixRole.SENSITIVE, name="kda_output")

@@ -159,7 +159,8 @@ def _materialised(
 ) -> ir.Value:
     """Attend to the keys and values of every head."""
     sizes = m.config.mla
-    expanded = m.linear(latent, f"layers.{layer_idx}.mla.kv_b.weight", name="kv_b")
+    kv_b = f"layers.{layer_idx}.mla.kv_b.weight"
+    expanded = m.linear(latent, kv_b, role=MatrixRole.SENSITIVE, name="kv_b")
     expanded = _heads(m, expanded, sizes, sizes.qk_nope_head_dim + sizes.v_head_dim)
     k, v = m.split(expanded, (sizes.qk_nope_head_dim, sizes.v_head_dim))  # [B, H, T, n | V]
     if rope_key is not None:

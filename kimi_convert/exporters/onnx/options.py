@@ -66,7 +66,9 @@ class MatrixRole(StrEnum):
     """What a matrix is for, which decides how many bits it is worth."""
 
     LARGE = "large"  # of a layer
-    SENSITIVE = "sensitive"  # small ones, which all heads or all channels hang on
+    # Few weights that much hangs on: low-rank matrices, and the output of KDA. On the example they
+    # add 4 % to the file and take 40 % off what int4 costs in loss.
+    SENSITIVE = "sensitive"
     EXPERT = "expert"
     EMBEDDING = "embedding"
     HEAD = "head"
