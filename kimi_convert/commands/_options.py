@@ -17,6 +17,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class EngineName(StrEnum):
+    """What runs the jobs of a conversion."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class BackendName(StrEnum):
     """The implementations of the kernels that models run on."""
 
@@ -71,6 +78,23 @@ ModelDtypeOpt = Annotated[
 ]
 MaxShardSizeOpt = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
+]
+EngineOpt = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        help="What writes the files: this machine, or a Ray cluster with shared storage.",
+    ),
+]
+ResumeOpt = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the files that an interrupted run has finished."),
+]
+JobsOpt = Annotated[
+    int,
+    typer.Option(
+        "--jobs", metavar="N", min=1, help="How many files are written at once, in processes."
+    ),
 ]
 JsonOpt = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, for results and errors alike.")
