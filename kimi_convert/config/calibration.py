@@ -137,6 +137,11 @@ class CalibrationRecipe:
         """Sequences that fit nothing: the last."""
         return self.validation_tokens // self.sequence_length
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are gradient steps, which move all parameters of a mixer."""
+        return self.align.steps > 0 or self.distill.steps > 0
+
     def to_json(self) -> dict[str, object]:
         """Return every field, as a recipe groups them."""
         document = asdict(self)

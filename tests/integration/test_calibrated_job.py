@@ -119,6 +119,39 @@ def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
     assert "3072 tokens" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"caf\xe9 au lait", "UTF-8"),
+        (b"", "documents"),
+        ("ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ ".encode() * 400, "does not know the words"),
+    ],
+    ids=["not-utf-8", "empty", "unknown-script"],
+)
+def test_text_that_cannot_be_used_is_exit_3_and_leaves_nothing(content, words, recipe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    output = tmp_path / "hybrid"
+    options = ("--recipe", recipe, "--calibration", text)
+    done = run_here("convert", example_checkpoint(), output, *options)
+    assert done.returncode == 3
+    assert words in done.stderr
+    assert "text.txt" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_alignment_that_diverges_is_exit_6_with_the_layer(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kimi_convert.conversion.calibration.align._DIVERGED", 0.0)
+    naive = tmp_path / "naive.toml"
+    naive.write_text(f'[init]\nmethod = "naive"\n{recipe.read_text()}')
+    options = ("--recipe", naive, "--layers", "3,7", "--align", "2")
+    done = run_here("convert", example_checkpoint(), tmp_path / "hybrid", *options)
+    assert done.returncode == 6
+    assert "layer 0" in done.stderr
+    assert "finished layers are kept" in done.stderr
+    assert not (tmp_path / "hybrid").exists()
+
+
 def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
     output = tmp_path / "hybrid"
     work = tmp_path / "hybrid.calibration"

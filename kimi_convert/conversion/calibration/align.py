@@ -21,7 +21,7 @@ from kimi_convert.errors import VerificationError
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
-_DIVERGED = 4.0  # times the loss at the start, on average over as many steps as the next says
+_DIVERGED = 4.0  # times the first loss, on average over as many steps as the next says
 _AVERAGED = 10
 
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
@@ -141,7 +141,7 @@ def _batches(
 
 
 def _check(losses: list[float], recipe: AlignRecipe) -> None:
-    first, last = _mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])
+    first, last = losses[0], _mean(losses[-_AVERAGED:])
     if not math.isfinite(losses[-1]) or last > _DIVERGED * first:
         raise VerificationError(
             "alignment diverges",

@@ -21,13 +21,13 @@ from kimi_convert.config.calibration import AlignRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.align import align_mixer
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import advance, batches, groups, make_stream
 from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
 from kimi_convert.conversion.calibration.study import part_name
-from kimi_convert.errors import VerificationError
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
 
@@ -63,7 +63,8 @@ def solve_in_order(
         mixed = torch.cat([layer.mix(guide[rows]) for rows in batches(len(guide))])
         name = fitted_name(layer_idx)
         if not store.has(name):
-            _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
+            with errors_of_layer(layer_idx):
+                _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
         part = store.tensors(name)
         student, matrix = fitted_student(layer, layer_idx, part, given)
         for rows in batches(len(stream)):
@@ -142,11 +143,7 @@ class _Solver:
         recipe = self.given.align
         if not recipe.steps:
             return {}
-        try:
-            return align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
-        except VerificationError as error:
-            error.where = f"layer {self.layer_idx}"
-            raise
+        return align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
 
     def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
         if student.prefix == "kda.":

@@ -100,10 +100,9 @@ class MlaStudent:
         self.module = _empty(MultiHeadLatentAttention, config, teacher.o.weight.device)
         self.module.o = nn.Identity()  # type: ignore[assignment]
         self._stored = _stored_dtype(config)
-        self._query = "q" if teacher.sizes.q_lora_rank is None else "q_b"
+        query_name = "q.weight" if teacher.sizes.q_lora_rank is None else "q_b.weight"
         weights: dict[str, torch.Tensor] = dict(teacher.named_parameters())
-        query = weights[f"{self._query}.weight"]
-        weights[f"{self._query}.weight"] = _fold_or_drop(query, lags, teacher)
+        weights[query_name] = _fold_or_drop(weights[query_name], lags, teacher)
         for name, parameter in self.module.named_parameters():
             parameter.copy_(self.rounded(name, weights[name]))
 
@@ -122,9 +121,8 @@ class MlaStudent:
                 self.module.get_parameter(name.removeprefix(self.prefix)).copy_(parameters[name])
 
     def parameters(self) -> Mapping[str, torch.Tensor]:
-        """Return the query; all else stays the teacher's."""
-        name = f"{self._query}.weight"
-        return {f"mla.{name}": self.module.get_parameter(name).detach()}
+        """Return every parameter but the output matrix; only training changes more than the query."""
+        return {f"mla.{name}": value.detach() for name, value in self.module.named_parameters()}
 
 
 def _fold_or_drop(

@@ -14,6 +14,7 @@ import torch
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.starts import Start
 from kimi_convert.conversion.calibration.statistics import LayerStatistics, layer_statistics
@@ -70,7 +71,8 @@ def study_layers(
         told(0, 1)
         inputs, outputs = _mixer_io(layer, search)
         if not store.has(part_name(layer_idx)):
-            _fit_layer(layer, layer_idx, inputs, outputs, given, start, store, told)
+            with errors_of_layer(layer_idx):
+                _fit_layer(layer, layer_idx, inputs, outputs, given, start, store, told)
         for stream in variants.values():
             _through(layer, stream)
         for kind, student, matrix in _futures(layer, layer_idx, given, store):

@@ -57,6 +57,14 @@ def test_feature_that_is_always_zero_gets_no_weight():
     assert not solution[2].any()
 
 
+def test_features_that_are_the_same_share_their_weight():
+    z, y, _ = problem()
+    twins = torch.cat((z, z), -1)  # singular: twelve features of rank six
+    solution = solve(moments(twins, y), 1e-6)
+    torch.testing.assert_close(solution[:6], solution[6:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close((twins.double() @ solution).float(), y, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["features", "targets"])
 def test_values_that_are_not_finite_are_refused(value, side):

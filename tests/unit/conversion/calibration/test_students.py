@@ -50,7 +50,8 @@ def test_kept_layer_changes_its_query_alone(tmp_path, kind, folded):
     sizes = teacher.sizes
     lags = torch.rand(sizes.num_heads, 5)
     student = MlaStudent(config, teacher, lags if folded else None)
-    ((name, query),) = student.parameters().items()
+    name = "mla.q.weight" if sizes.q_lora_rank is None else "mla.q_b.weight"
+    query = student.parameters()[name]
     before = teacher.q.weight if sizes.q_lora_rank is None else teacher.q_b.weight
     expected = fold_query(before, lags, sizes)
     if not folded:
