@@ -11,7 +11,8 @@
 
 Files are finished, and made durable, in a hidden folder (see `staging`). At the end of the block
 they are renamed into place: weights, other files, config.json, and the index last, without which
-no loader takes the folder. An exception removes everything, and the folder too if it is new.
+no loader takes the folder. An exception removes everything, and the folder too if it is new; where
+a journal is kept (`open_journal`), finished files of weights stay for a run that resumes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes, sync_folder, write_all
+from kimi_convert.checkpoints.hashing import sha256_of_file
+from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
 from kimi_convert.checkpoints.messages import listed, quoted, sized
 from kimi_convert.checkpoints.reader import DEFAULT_CHUNK_BYTES
 from kimi_convert.checkpoints.regular_file import open_regular, read_into
@@ -31,7 +34,12 @@ from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan
 from kimi_convert.checkpoints.staging import LOCK_FILE, Staging, claim_folder
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
-from kimi_convert.errors import OutputError, ResourceError, VerificationError
+from kimi_convert.errors import (
+    CheckpointError,
+    OutputError,
+    ResourceError,
+    VerificationError,
+)
 
 CONFIG_FILE = "config.json"
 
@@ -44,6 +52,7 @@ class Output:
         self._staging = staging
         self._shards: dict[str, WrittenFile] = {}
         self._others: dict[str, WrittenFile] = {}
+        self._journal: Journal | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,8 +61,75 @@ class Output:
 
     @property
     def files(self) -> tuple[WrittenFile, ...]:
-        """Every file finished so far, weights first, each kind in the order of writing."""
-        return (*self._shards.values(), *self._others.values())
+        """Every file finished so far: weights by name, then others in the order of writing."""
+        weights = sorted(self._shards.values(), key=lambda file: file.name)
+        return (*weights, *self._others.values())
+
+    def open_journal(self, digest: str) -> Mapping[str, FinishedFile]:
+        """Keep finished files of weights, whatever happens; return those of an interrupted run.
+
+        Args:
+            digest: of everything that the files depend on.
+
+        Raises:
+            OutputError: what the interrupted run wrote depends on something else.
+        """
+        state = self._staging.resumed
+        if state is not None and state.digest != digest:
+            raise OutputError(
+                "the interrupted run was another conversion",
+                where=self.folder,
+                expected="the same source, recipe, options and version",
+                hint=f"Give the same, or remove {self._staging.path} to start anew.",
+            )
+        found = () if state is None else state.finished
+        kept = {one.written.name: one for one in found if self._is_whole(one.written)}
+        self._staging.keep_only(kept)
+        self._journal = Journal(self._staging.path, digest, kept.values())
+        self._shards |= {name: one.written for name, one in kept.items()}
+        return kept
+
+    @property
+    def resumed_bytes(self) -> int:
+        """Bytes of the files that an interrupted run says it has finished."""
+        state = self._staging.resumed
+        return 0 if state is None else sum(one.written.nbytes for one in state.finished)
+
+    def finish_shard(self, written: WrittenFile, notes: Mapping[str, str] | None = None) -> None:
+        """Count a file of weights as finished; `notes` come back when the run is resumed.
+
+        Raises:
+            OutputError: it was finished before.
+            ResourceError: the disk does not take the note.
+        """
+        self.path_of(written.name)
+        if self._journal is not None:
+            self._journal.append(FinishedFile(written, notes or {}))
+        self._shards[written.name] = written
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether an exception leaves something to go on from."""
+        if self._journal is None:
+            return self._staging.resumed is not None
+        return bool(self._shards)
+
+    def give_up(self) -> None:
+        """Remove everything that no later run can go on from, and let go of the folder."""
+        if not self.is_resumable:
+            self._staging.discard()
+            return
+        if self._journal is not None:
+            with suppress(ResourceError):  # what led here is the error to be told
+                self._staging.keep_only(self._shards)
+        self._staging.suspend()
+
+    def _is_whole(self, file: WrittenFile) -> bool:
+        path = self._staging.path / file.name
+        try:
+            return path.stat().st_size == file.nbytes and sha256_of_file(path) == file.sha256
+        except (OSError, CheckpointError):
+            return False
 
     def require_space(self, nbytes: int) -> None:
         """Check, before the first byte, that the disk has room.
@@ -79,10 +155,10 @@ class Output:
             VerificationError: the file does not become what the plan says.
             ResourceError: the disk does not take it.
         """
-        with ShardWriter(self._new_path(planned.file_name), planned) as writer:
+        with ShardWriter(self.path_of(planned.file_name), planned) as writer:
             yield writer
             written = writer.finish()
-        self._shards[written.name] = written
+        self.finish_shard(written)
 
     def write_index(self, plan: ShardPlan) -> WrittenFile:
         """Write the index of all files of weights; also needed where there is only one.
@@ -154,13 +230,15 @@ class Output:
         """Rename every file into place, the index last; on failure take all of them back."""
         if self._shards and INDEX_FILE not in self._others:
             raise VerificationError("weights were written without an index", where=self.folder)
-        names = [*self._shards, *sorted(self._others, key=_commit_order)]
+        names = [*sorted(self._shards), *sorted(self._others, key=_commit_order)]
         appeared = [name for name in names if os.path.lexists(self.folder / name)]
         if appeared:
             raise OutputError(
                 "files appeared in the output folder", where=self.folder, found=listed(appeared)
             )
         begun: list[Path] = []
+        if self._journal is not None:
+            self._journal.moving(names)
         try:
             with disk_errors(self.folder, doing="move the finished files into place"):
                 for name in names:
@@ -171,11 +249,18 @@ class Output:
                     sync_folder(created.parent)
         except BaseException:
             for path in reversed(begun):
-                path.unlink(missing_ok=True)
+                self._take_back(path)
             raise
 
+    def _take_back(self, path: Path) -> None:
+        try:
+            if os.path.lexists(path):
+                path.rename(self._staging.path / path.name)
+        except OSError:
+            path.unlink(missing_ok=True)
+
     def _write(self, name: str, chunks: Iterator[memoryview], *, nbytes: int) -> WrittenFile:
-        path = self._new_path(name)
+        path = self.path_of(name)
         digest = hashlib.sha256()
         with disk_errors(path, doing="write a file", nbytes=nbytes), path.open("xb", 0) as file:
             for chunk in chunks:
@@ -185,9 +270,14 @@ class Output:
         self._others[name] = WrittenFile(name, nbytes, digest.hexdigest())
         return self._others[name]
 
-    def _new_path(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
+        """Return where a new file is to be written until it is finished.
+
+        Raises:
+            OutputError: not a plain file name, or written before.
+        """
         plain = name.isprintable() and name == Path(name).name and name != ""
-        if not plain or name.startswith(".") or name == LOCK_FILE:
+        if not plain or name.startswith(".") or name in (LOCK_FILE, JOURNAL_FILE):
             raise OutputError("not a plain file name", where=self.folder, found=quoted(name))
         if name in self._shards or name in self._others:
             raise OutputError("file is written twice", where=self.folder, found=quoted(name))
@@ -196,26 +286,32 @@ class Output:
 
 @contextmanager
 def open_output(
-    folder: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Generator[Output]:
     """Claim a new or empty folder; what is written inside the block appears at its end.
 
     Args:
         folder: created if need be.
         source: a folder that the output must not be, hold or lie in.
+        resume: go on from what an interrupted run has finished there, if any.
 
     Raises:
-        OutputError: the folder is a file, not empty, in use, or not apart from the source.
+        OutputError: the folder is a file, not empty, in use, holds an interrupted run that is not
+            to be resumed, or is not apart from the source.
         ResourceError: it cannot be written.
         VerificationError: at the end, the files are not those of the plan.
     """
-    staging = claim_folder(Path(folder), source=None if source is None else Path(source))
+    origin = None if source is None else Path(source)
+    staging = claim_folder(Path(folder), source=origin, resume=resume)
+    output = Output(staging)
     try:
-        output = Output(staging)
         yield output
         output.commit()
     except BaseException:
-        staging.discard()
+        output.give_up()
         raise
     staging.close()
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from safetensors import SafetensorError, safe_open
 
-from kimi_convert.checkpoints.index import CheckpointIndex
+from kimi_convert.checkpoints.index import CheckpointIndex, ShardFile
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.regular_file import open_regular, read_into
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
@@ -42,12 +44,40 @@ class _Handle(Protocol):
     def __exit__(self, kind: object, error: object, trace: object) -> None: ...
 
 
+class ShardProvider(Protocol):
+    """Where the files of an index come from, if they do not all lie in its folder."""
+
+    def provide(self, shard: str) -> ShardFile:
+        """Return a file, fetched if need be, before it is read."""
+        ...
+
+    def release(self, shard: str) -> None:
+        """Take note that nothing will read a file any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A part of a tensor's bytes in an open file."""
+
+    descriptor: int
+    start: int
+    nbytes: int
+    path: Path
+
+
 class CheckpointReader:
     """Reads the tensors of an index; a context manager that releases at the end."""
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        """Open nothing yet."""
+    def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
+        """Open nothing yet.
+
+        Args:
+            index: what can be read.
+            provider: where files come from; None for those that the index names.
+        """
         self.index = index
+        self._provider = provider
         self._handles: dict[str, _Handle] = {}
         self._spare_buffer = bytearray()
 
@@ -101,7 +131,7 @@ class CheckpointReader:
             CheckpointError: there is no such tensor, or its file has changed.
         """
         spec = self.index.spec(name)
-        file = self.index.shards[spec.shard]
+        file = self._file(spec.shard)
         # Taken, not shared: a second iterator that starts before this one ends gets its own.
         buffer, self._spare_buffer = self._spare_buffer, bytearray()
         wanted = min(chunk_bytes, spec.nbytes)
@@ -119,6 +149,20 @@ class CheckpointReader:
         finally:
             self._spare_buffer = buffer
 
+    def extents(self, name: str, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[Extent]:
+        """Give the places of a tensor's bytes, to be copied before the next is asked for.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file has changed.
+        """
+        spec = self.index.spec(name)
+        file = self._file(spec.shard)
+        with open_regular(file.path) as descriptor:
+            for at in range(spec.start, spec.end, chunk_bytes):
+                yield Extent(descriptor, at, min(chunk_bytes, spec.end - at), file.path)
+                # Afterwards: what was copied was copied from the unchanged file.
+                file.check_unchanged(os.fstat(descriptor))
+
     def release(self) -> None:
         """Close every file. Its pages leave memory once no tensor of it is held any more."""
         handles, self._handles = self._handles, {}
@@ -127,7 +171,7 @@ class CheckpointReader:
         self._spare_buffer = bytearray()
 
     def _handle(self, spec: TensorSpec) -> _Handle:
-        file = self.index.shards[spec.shard]
+        file = self._file(spec.shard)
         handle = self._handles.get(spec.shard)
         if handle is None:
             file.check_unchanged()
@@ -140,6 +184,9 @@ class CheckpointReader:
         # Also for a file just opened: it may have been replaced between the two steps.
         file.check_unchanged()
         return handle
+
+    def _file(self, shard: str) -> ShardFile:
+        return self._provider.provide(shard) if self._provider else self.index.shards[shard]
 
     def _unreadable(self, spec: TensorSpec, error: Exception) -> CheckpointError:
         return CheckpointError(

@@ -2,7 +2,8 @@
 
 Everything unfinished lies in `.kimi-convert-partial/` inside the output folder: on the same file
 system even where the folder is a mount point. Its lock file belongs to one live process; the
-system drops the lock when that process dies, so what a dead one left can be told and removed.
+system drops the lock when that process dies, so what a dead one left can be told: it is removed,
+or kept for a run that resumes where a journal says that files were finished.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from kimi_convert.checkpoints.disk import disk_errors
+from kimi_convert.checkpoints.journal import JOURNAL_FILE, JournalState, read_journal
 from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.errors import OutputError
 
@@ -26,8 +29,8 @@ LOCK_FILE = "lock"
 _ATTEMPTS = 20
 _NEW_FOLDER = "Choose a new or empty folder for the output."
 _INTERRUPTED = (
-    "A run was killed while it moved finished files into this folder. Remove the folder, then "
-    "run again."
+    "A run was killed while it moved finished files into this folder. Remove the folder, then run "
+    "again; or go on with `convert --resume`."
 )
 
 _log = logging.getLogger(__name__)
@@ -35,11 +38,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """A claimed output folder; ends with `discard` or `close`, each once."""
+    """A claimed output folder; ends with `discard`, `suspend` or `close`, each once."""
 
     folder: Path
     created: tuple[Path, ...]  # folders made for it, the innermost first
     lock: int  # file descriptor
+    resumed: JournalState | None = None  # what an interrupted run has finished
 
     @property
     def path(self) -> Path:
@@ -58,25 +62,43 @@ class Staging:
         finally:
             os.close(self.lock)
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove every unfinished file but those named, the journal and the lock.
+
+        Raises:
+            ResourceError: one cannot be removed.
+        """
+        with disk_errors(self.path, doing="remove unfinished files"):
+            _empty(self.path, keep={*names, JOURNAL_FILE})
+
+    def suspend(self) -> None:
+        """Give up the lock alone: a later run may go on from what is there."""
+        os.close(self.lock)
+
     def discard(self) -> None:
         """Like `close`, and remove the folders that were made for the output."""
         self.close()
         _remove_folders(self.created)
 
 
-def claim_folder(folder: Path, *, source: Path | None) -> Staging:
+def claim_folder(folder: Path, *, source: Path | None, resume: bool = False) -> Staging:
     """Create the folder if need be, lock it, and remove what a dead process left in it.
 
+    Args:
+        folder: new or empty, but for what an interrupted run left.
+        source: a folder that it must be apart from.
+        resume: keep what an interrupted run has finished; without it, such a folder is refused.
+
     Raises:
-        OutputError: it is a file, not empty, in use by a live process, or is, holds or lies in
-            the source folder.
+        OutputError: it is a file, not empty, in use by a live process, holds the finished files
+            of an interrupted run, or is, holds or lies in the source folder.
         ResourceError: it cannot be written.
     """
     folder = _resolved(folder)
     if source is not None:
         _check_apart(folder, _resolved(source))
     for _ in range(_ATTEMPTS):
-        _check_empty(folder)
+        _check_empty(folder, moved=_moved(folder) if resume else ())
         created = _make_folders(folder)
         lock = None
         try:
@@ -85,14 +107,56 @@ def claim_folder(folder: Path, *, source: Path | None) -> Staging:
             if lock is None:  # refused, or the last owner got in between
                 _remove_folders((folder / PARTIAL_FOLDER, *created))
         if lock is not None:
-            staging = Staging(folder, created, lock)
-            try:
-                _take_over(staging)
-            except BaseException:
-                staging.discard()
-                raise
-            return staging
+            return _claimed(Staging(folder, created, lock), resume=resume)
     raise OutputError("output folder keeps changing", where=folder, hint=_NEW_FOLDER)
+
+
+def _claimed(staging: Staging, *, resume: bool) -> Staging:
+    """Take over a folder that is locked now."""
+    try:
+        state = read_journal(staging.path)
+        if state is not None and state.finished:
+            if not resume:
+                _refuse_interrupted(staging, state)
+            _move_back(staging, state)
+            staging = replace(staging, resumed=state)
+    except BaseException:
+        staging.suspend()
+        raise
+    try:
+        _take_over(staging)
+    except BaseException:
+        if staging.resumed is None:
+            staging.discard()
+        else:
+            staging.suspend()
+        raise
+    return staging
+
+
+def _moved(folder: Path) -> tuple[str, ...]:
+    """Return the files that an interrupted run may have moved into place."""
+    state = read_journal(folder / PARTIAL_FOLDER)
+    return () if state is None else state.moving
+
+
+def _move_back(staging: Staging, state: JournalState) -> None:
+    """Take back what was moved into place, the index first: half an output must not load."""
+    with disk_errors(staging.folder, doing="go on from an interrupted run"):
+        for name in reversed(state.moving):
+            place = staging.folder / name
+            if place.is_file() and not place.is_symlink():
+                place.rename(staging.path / name)
+
+
+def _refuse_interrupted(staging: Staging, state: JournalState) -> NoReturn:
+    owner = os.pread(staging.lock, 200, 0).decode("utf-8", "replace").strip()
+    raise OutputError(
+        "output folder holds an interrupted run",
+        where=staging.folder,
+        found=f"{len(state.finished)} finished files of {owner or 'an earlier process'}",
+        hint=f"`convert --resume` goes on from them; remove {staging.path} to start anew.",
+    )
 
 
 def _resolved(folder: Path) -> Path:
@@ -123,7 +187,7 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _check_empty(folder: Path) -> None:
+def _check_empty(folder: Path, *, moved: Collection[str] = ()) -> None:
     with disk_errors(folder, doing="look into the output folder"):
         try:
             names = [path.name for path in folder.iterdir()]
@@ -133,7 +197,7 @@ def _check_empty(folder: Path) -> None:
             raise OutputError(
                 "output folder, or a folder above it, is a file", where=folder, hint=_NEW_FOLDER
             ) from error
-    others = sorted(name for name in names if name != PARTIAL_FOLDER)
+    others = sorted(name for name in names if name != PARTIAL_FOLDER and name not in moved)
     partial = folder / PARTIAL_FOLDER
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         others.append(PARTIAL_FOLDER)  # not made by us: a link could lead anywhere
@@ -227,13 +291,16 @@ def _is_in_place(lock: int, path: Path) -> bool:
 def _take_over(staging: Staging) -> None:
     _check_empty(staging.folder)  # again: the last owner may have finished in between
     with disk_errors(staging.path, doing="prepare the output folder"):
-        _empty(staging.path)
+        if staging.resumed is None:
+            _empty(staging.path)
         os.ftruncate(staging.lock, 0)
         os.write(staging.lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
-def _empty(partial: Path) -> None:
+def _empty(partial: Path, *, keep: Collection[str] = ()) -> None:
     for path in list(partial.iterdir()):
+        if path.name in keep:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK_FILE:

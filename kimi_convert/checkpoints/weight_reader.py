@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Self
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.messages import quoted
-from kimi_convert.checkpoints.reader import DEFAULT_CHUNK_BYTES, CheckpointReader
+from kimi_convert.checkpoints.reader import (
+    DEFAULT_CHUNK_BYTES,
+    CheckpointReader,
+    Extent,
+    ShardProvider,
+)
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.errors import CheckpointError
@@ -27,9 +32,9 @@ _FP32_BYTES = 4
 class WeightReader:
     """Reads the weights of one checkpoint; a context manager that releases at the end."""
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        """Open nothing yet."""
-        self._reader = CheckpointReader(index)
+    def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
+        """Open nothing yet; arguments as of `CheckpointReader`."""
+        self._reader = CheckpointReader(index, provider)
         self.index = index
 
     def __enter__(self) -> Self:
@@ -75,6 +80,11 @@ class WeightReader:
 
         for rows in self._decoded(weight):
             yield tensor_bytes(rows)
+
+    def extents(self, weight: Weight) -> Iterator[Extent]:
+        """Give the places of a plain weight's bytes; see `CheckpointReader.extents`."""
+        assert weight.quantization is None
+        return self._reader.extents(weight.stored[0].name)
 
     def release(self) -> None:
         """Close every file. Its pages leave memory once no tensor of it is held any more."""

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from kimi_convert.validation import ValidationReport
     from kimi_convert.validation.report import Scores
 
-# A quarter of the default text: a demo is not to take minutes.
+# A fifth of the default text: a demo is to end within three minutes.
 RECIPE = """\
 [calibration]
-tokens = 32768
-search_tokens = 8192
+tokens = 24576
+search_tokens = 6144
 validation_tokens = 4096
 """
 KIL_RECIPE = f"""\

@@ -72,6 +72,16 @@ ModelDtypeOpt = Annotated[
 MaxShardSizeOpt = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
 ]
+ResumeOpt = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the files that an interrupted run has finished."),
+]
+JobsOpt = Annotated[
+    int,
+    typer.Option(
+        "--jobs", metavar="N", min=1, help="How many files are written at once, in processes."
+    ),
+]
 JsonOpt = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, for results and errors alike.")
 ]

@@ -15,11 +15,13 @@ from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
     CalibrationOpt,
     DeviceOpt,
+    JobsOpt,
     JsonOpt,
     MaxShardSizeOpt,
     OutputArg,
     QuietOpt,
     RecipeOpt,
+    ResumeOpt,
     SourceArg,
     VerboseOpt,
 )
@@ -31,6 +33,7 @@ from kimi_convert.errors import ResourceError, VerificationError
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
     from kimi_convert.conversion import ConversionResult
+    from kimi_convert.conversion.runners import Runner
 
 EXAMPLE = "kimi-convert convert ./Moonlight-16B-A3B ./hybrid --recipe recipe.toml"
 
@@ -76,6 +79,8 @@ def convert(
     no_text: NoTextOpt = False,
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
+    jobs: JobsOpt = 1,
+    resume: ResumeOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -83,7 +88,8 @@ def convert(
 ) -> None:
     """Turn an MLA checkpoint into a hybrid of KDA and MLA layers.
 
-    The output folder appears whole or not at all, and the same call gives the same bytes.
+    The output folder appears whole or not at all, and the same call gives the same bytes. What an
+    interrupted run has finished is kept for --resume.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
     from kimi_convert.conversion import convert_checkpoint, plan_conversion
@@ -105,6 +111,8 @@ def convert(
             text=calibration,
             device=device,
             max_shard_bytes=limit,
+            resume=resume,
+            runner=_runner(jobs),
             on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
@@ -146,19 +154,32 @@ def _recipe(
     return recipe if layers is None else with_layers(recipe, layers)
 
 
+def _runner(jobs: int) -> Runner:
+    from kimi_convert.conversion.runners import Processes, one_by_one
+
+    return one_by_one if jobs == 1 else Processes(jobs)
+
+
 @contextmanager
 def _resumable(folder: Path, output: Output) -> Generator[None]:
-    """Say, where a fit ends before its time, what is kept of it."""
+    """Say, where a conversion ends before its time, what is kept of it."""
+    from kimi_convert.checkpoints.journal import JOURNAL_FILE
+    from kimi_convert.checkpoints.staging import PARTIAL_FOLDER
     from kimi_convert.conversion.fitted import work_folder
 
     try:
         yield
     except (KeyboardInterrupt, ResourceError, VerificationError):
-        work = work_folder(folder)
+        work, partial = work_folder(folder), folder / PARTIAL_FOLDER
         if work.is_dir():
             output.note(
                 f"finished layers are kept in {work}: the same command goes on from there; "
                 "remove it to start anew"
+            )
+        if (partial / JOURNAL_FILE).exists():
+            output.note(
+                f"finished files are kept in {partial}: the same command with --resume goes on "
+                "from there; remove it to start anew"
             )
         raise
 
@@ -170,8 +191,9 @@ def _cost_text(source: Path, recipe: Recipe, device: str) -> str:
     from kimi_convert.model.backend import usable_device
 
     assert recipe.calibration is not None
-    cost = calibration_cost(read_config(source), recipe.calibration)
-    seconds = seconds_text(max(10.0, cost.seconds(usable_device(device))))
+    on = usable_device(device)
+    cost = calibration_cost(read_config(source), recipe.calibration, on)
+    seconds = seconds_text(max(10.0, cost.seconds(on)))
     return (
         f"fitting to {recipe.calibration.tokens} tokens: about {seconds} and "
         f"{bytes_text(cost.memory_bytes)} of memory"

@@ -83,9 +83,16 @@ def _sizes(plan: ConversionPlan) -> Facts:
                 f"{bytes_text(plan.write_bytes)} of weights in {files_text(len(plan.shards.shards))}",
             ),
             ("copied bit for bit", bytes_text(plan.copied_bytes)),
-            ("memory to write it", f"tensors of {bytes_text(plan.peak_memory_bytes)} at most"),
+            ("memory to write it", _memory_text(plan)),
         ),
     )
+
+
+def _memory_text(plan: ConversionPlan) -> str:
+    from kimi_convert.conversion.memory import memory_bytes
+
+    whole = bytes_text(memory_bytes(plan, workers=1))
+    return f"{whole} for each job at most, tensors of {bytes_text(plan.peak_memory_bytes)} in it"
 
 
 def _layers(plan: ConversionPlan) -> Table:

@@ -1,47 +1,36 @@
-"""Carry out a plan: read, transform, write, free, tensor by tensor in the order of the files.
+"""Carry out a plan: every file of weights is a job; what runs the jobs does not change a byte.
 
-What is copied streams through one buffer; what is made is in memory alone, with its sources.
-The output folder appears whole or not at all, and the same plan gives the same bytes, however
-many threads torch has.
+The output folder appears whole or not at all. Files of weights that are finished are noted in a
+journal, so that an interrupted run can be resumed; the same plan gives the same bytes, resumed or
+not, in one process, in several or on a cluster.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import torch
-
-from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert import __version__
+from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
-from kimi_convert.checkpoints.shard_plan import PlannedShard
-from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
-from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.writer import WrittenFile
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration.report import CalibrationReport
+from kimi_convert.conversion.memory import require_memory
 from kimi_convert.conversion.plan import (
     DEFAULT_MAX_SHARD_BYTES,
     ConversionPlan,
-    TensorTask,
     plan_conversion,
 )
-from kimi_convert.conversion.provenance import (
-    CONVERSION_FILE,
-    SourceHashes,
-    carried_files,
-    provenance,
-)
-from kimi_convert.conversion.rules import Op
-from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
-from kimi_convert.conversion.transforms import TRANSFORMS, Job
-from kimi_convert.errors import CheckpointError
+from kimi_convert.conversion.provenance import CONVERSION_FILE, carried_files, provenance
+from kimi_convert.conversion.runners import Runner, one_by_one
+from kimi_convert.conversion.shard_job import Fit, ShardJob, ShardResult, shard_jobs
 
 _STAGE = "converting"
 
@@ -72,19 +61,6 @@ class ConversionResult:
         }
 
 
-class Fit(Protocol):
-    """What a calibration gives a conversion."""
-
-    @property
-    def report(self) -> CalibrationReport:
-        """What goes into conversion.json."""
-        ...
-
-    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
-        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
-        ...
-
-
 def convert_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -92,6 +68,8 @@ def convert_checkpoint(
     recipe: Recipe | None = None,
     fit: Fit | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    resume: bool = False,
+    runner: Runner = one_by_one,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ConversionResult:
     """Carry out a recipe: write a Kimi-Linear hybrid into a new or empty folder.
@@ -102,14 +80,17 @@ def convert_checkpoint(
         recipe: None for a conversion without text. One with a calibration comes with its fit.
         fit: what the calibration of that recipe gave.
         max_shard_bytes: of each file of weights, its header included.
+        resume: go on from the files that an interrupted run has finished, if there are any.
+        runner: what runs the jobs.
         on_progress: told of every tensor, in bytes written.
 
     Raises:
         ConfigError: the source cannot become a hybrid.
-        CheckpointError: the source is not whole, or holds NaN or Inf; nothing is left behind.
+        CheckpointError: the source is not whole, has changed, or holds NaN or Inf.
         RecipeError: the recipe does not fit the model.
-        OutputError: the output folder is taken, or not apart from the source.
-        ResourceError: the disk is full or cannot be written.
+        OutputError: the output folder is taken, not apart from the source, or holds an
+            interrupted run that is not to be resumed or was another conversion.
+        ResourceError: the disk or the memory is full, or the folder cannot be written.
     """
     started = time.monotonic()
     source, output = Path(source), Path(output)
@@ -117,18 +98,16 @@ def convert_checkpoint(
     assert (recipe.calibration is not None) == (fit is not None)
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
     carried = carried_files(source)
-    with open_output(output, source=source) as target, WeightReader(plan.index) as reader:
-        target.require_space(
-            plan.write_bytes + sum((source / name).stat().st_size for name in carried)
-        )
-        hashes = _Worker(plan, reader, fit, on_progress).write_weights(target)
+    require_memory(plan, workers=runner.workers)
+    with open_output(output, source=source, resume=resume) as target:
+        copied = _write_weights(target, plan, fit, runner, carried, on_progress)
         for name in carried:
             target.copy_file(source / name)
         target.write_json(CONFIG_FILE, config_to_json(plan.target_config))
         target.write_index(plan.shards)
         report = None if fit is None else fit.report
         told = None if report is None else report.to_json()
-        target.write_json(CONVERSION_FILE, provenance(plan, target.files, hashes, told))
+        target.write_json(CONVERSION_FILE, provenance(plan, target.files, copied, told))
         return ConversionResult(
             output=target.folder,
             plan=plan,
@@ -138,98 +117,51 @@ def convert_checkpoint(
         )
 
 
-class _Worker:
-    """Writes the files of weights of one plan."""
+def _write_weights(
+    target: Output,
+    plan: ConversionPlan,
+    fit: Fit | None,
+    runner: Runner,
+    carried: tuple[str, ...],
+    on_progress: ProgressCallback,
+) -> dict[str, str]:
+    """Write the files of weights that are missing; return the SHA-256 of what was copied."""
+    finished = target.open_journal(run_digest(plan, fit))
+    written = sum(one.written.nbytes for one in finished.values())
+    small = sum((plan.source / name).stat().st_size for name in carried)
+    target.require_space(plan.write_bytes - written + small)
+    copied = {name: one.notes for name, one in finished.items()}
+    jobs = shard_jobs(plan, fit, target.path_of, tuple(finished))
+    total = plan.shards.total_size
+    before = total - sum(job.shard.data_bytes for job in jobs)
 
-    def __init__(
-        self,
-        plan: ConversionPlan,
-        reader: WeightReader,
-        fit: Fit | None,
-        on_progress: ProgressCallback,
-    ) -> None:
-        self._plan = plan
-        self._fit = fit
-        self._reader = reader
-        self._on_progress = on_progress
-        self._tasks = {task.tensor.name: task for task in plan.tasks}
-        self._done_bytes = 0
+    def on_done(job: ShardJob, result: ShardResult) -> None:
+        target.finish_shard(result.written, result.copied)
+        copied[job.shard.file_name] = result.copied
 
-    def write_weights(self, target: Output) -> SourceHashes:
-        """Write every file; return the SHA-256 of every tensor that was copied."""
-        copied: dict[str, str] = {}
-        for shard in self._plan.shards.shards:
-            copied |= self._write_shard(target, shard)
-        self._report("")
-        return copied
+    def on_bytes(done: int, detail: str) -> None:
+        on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", detail))
 
-    def _write_shard(self, target: Output, shard: PlannedShard) -> dict[str, str]:
-        copied: dict[str, str] = {}
-        with target.shard(shard) as writer:
-            for tensor in shard.tensors:
-                task = self._tasks[tensor.name]
-                self._report(tensor.name)
-                if task.op in (Op.COPY, Op.DEQUANTIZE):
-                    weight = self._plan.weights[task.sources[0]]
-                    chunks = finite_chunks(self._reader, weight, self._plan.source)
-                    digest = writer.write(tensor.name, chunks)
-                    if task.op is Op.COPY:
-                        copied[weight.stored[0].name] = digest
-                else:
-                    writer.write(tensor.name, self._made(task))
-                self._done_bytes += tensor.nbytes
-        return copied
-
-    def _made(self, task: TensorTask) -> memoryview:
-        """Return the bytes of a tensor that is computed; its sources are freed before."""
-        made = self._fitted(task) if task.op is Op.FITTED else self._transformed(task)
-        stored = made.to(torch_dtype(task.tensor.dtype))
-        if not bool(stored.isfinite().all()):
-            raise CheckpointError(
-                f"tensor {task.tensor.name!r} cannot be stored as {task.tensor.dtype}",
-                where=self._plan.source,
-                expected="finite values",
-                found=f"values up to {made.abs().max().item():.3g}",
-                hint="Lower the gains of the recipe, or convert from a bf16 or fp32 copy.",
-            )
-        self._reader.release()
-        return tensor_bytes(stored)
-
-    def _fitted(self, task: TensorTask) -> torch.Tensor:
-        assert self._fit is not None
-        assert task.layer_idx is not None
-        name = task.param.removeprefix(f"layers.{task.layer_idx}.")
-        return self._fit.parameter(task.layer_idx, name).reshape(task.tensor.shape).contiguous()
-
-    def _transformed(self, task: TensorTask) -> torch.Tensor:
-        sources = tuple(self._wide(name) for name in task.sources)
-        job = Job(
-            sources=sources,
-            shape=task.tensor.shape,
-            target=task.param,
-            config=self._plan.source_config,
-            recipe=self._plan.recipe,
-        )
-        with _one_thread():
-            return TRANSFORMS[task.op](job)
-
-    def _wide(self, name: str) -> torch.Tensor:
-        tensor = self._reader.tensor(self._plan.weights[name]).float()
-        if not bool(tensor.isfinite().all()):
-            raise not_finite_error(name, self._plan.source)
-        return tensor
-
-    def _report(self, name: str) -> None:
-        total = self._plan.shards.total_size
-        self._on_progress(ProgressEvent(_STAGE, self._done_bytes, total, "bytes", name))
+    runner.run(jobs, on_done=on_done, on_bytes=on_bytes)
+    on_bytes(total - before, "")
+    return {
+        name: digest
+        for shard in plan.shards.shards
+        for name, digest in copied[shard.file_name].items()
+    }
 
 
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Keep products on one core: how many share one decides in which order it is summed up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def run_digest(plan: ConversionPlan, fit: Fit | None) -> str:
+    """Return the SHA-256 of everything that the files of weights depend on, in hex."""
+    files: Mapping[str, object] = {
+        name: (file.nbytes, file.mtime_ns) for name, file in sorted(plan.index.shards.items())
+    }
+    inputs = {
+        "version": __version__,
+        "config": sha256_of_file(plan.source / CONFIG_FILE),
+        "source": files,
+        "recipe": plan.recipe.to_json(),
+        "fit": None if fit is None else fit.report.to_json(),
+        "target": [(shard.file_name, shard.file_bytes) for shard in plan.shards.shards],
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,9 @@ from kimi_convert.config.recipe import Recipe, default_recipe
 from kimi_convert.conversion import engine
 from kimi_convert.conversion.calibration.run import calibrate
 from kimi_convert.conversion.engine import ConversionResult
+from kimi_convert.conversion.memory import require_memory
 from kimi_convert.conversion.plan import DEFAULT_MAX_SHARD_BYTES, plan_conversion
+from kimi_convert.conversion.runners import Runner, one_by_one
 from kimi_convert.conversion.source_values import check_source_values
 from kimi_convert.errors import InputError
 from kimi_convert.model.text import read_documents
@@ -37,6 +39,8 @@ def convert_checkpoint(
     text: str | Path | None = None,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    resume: bool = False,
+    runner: Runner = one_by_one,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ConversionResult:
     """Convert a checkpoint folder into a Kimi-Linear hybrid in a new or empty folder.
@@ -48,6 +52,8 @@ def convert_checkpoint(
         text: `.jsonl` or `.txt` to calibrate on; None for the text that comes with the package.
         device: where the calibration runs models.
         max_shard_bytes: of each file of weights, its header included.
+        resume: go on from the files that an interrupted run has finished, if there are any.
+        runner: what writes the files of weights.
         on_progress: told of every stage.
 
     Raises:
@@ -55,7 +61,8 @@ def convert_checkpoint(
         CheckpointError: the source is not whole, or holds NaN or Inf; nothing is left behind.
         RecipeError: the recipe does not fit the model.
         InputError: the text cannot be used; CalibrationError where there is too little of it.
-        OutputError: the output folder is taken, or not apart from the source.
+        OutputError: the output folder is taken, not apart from the source, or holds an
+            interrupted run that is not to be resumed or was another conversion.
         ResourceError: the disk is full or cannot be written.
         VerificationError: alignment diverges.
     """
@@ -67,12 +74,15 @@ def convert_checkpoint(
             output,
             recipe=recipe,
             max_shard_bytes=max_shard_bytes,
+            resume=resume,
+            runner=runner,
             on_progress=on_progress,
         )
     text = bundled_text() if text is None else Path(text)
     # Whatever would refuse the source or the writing must refuse it before minutes of fitting.
     plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
-    _check_output(output, source=source, nbytes=plan.write_bytes)
+    require_memory(plan, workers=runner.workers)
+    _check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
     _check_text(text, source)
     check_source_values(plan, on_progress)
     work = work_folder(output)
@@ -86,6 +96,8 @@ def convert_checkpoint(
         recipe=fit.recipe,
         fit=fit,
         max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        runner=runner,
         on_progress=on_progress,
     )
     fit.store.remove()
@@ -102,9 +114,9 @@ class _Checked(Exception):  # noqa: N818  (a way out, not an error)
     """Leaves an output folder as it was."""
 
 
-def _check_output(output: Path, *, source: Path, nbytes: int) -> None:
-    with suppress(_Checked), open_output(output, source=source) as target:
-        target.require_space(nbytes)
+def _check_output(output: Path, *, source: Path, nbytes: int, resume: bool) -> None:
+    with suppress(_Checked), open_output(output, source=source, resume=resume) as target:
+        target.require_space(nbytes - target.resumed_bytes)
         raise _Checked
 
 

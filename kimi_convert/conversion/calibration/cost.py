@@ -15,6 +15,7 @@ import torch
 from kimi_convert.checkpoints.mapping import Entry
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe, InitMethod
+from kimi_convert.conversion.calibration.ahead import layers_ahead
 from kimi_convert.conversion.calibration.moves import MOVES
 from kimi_convert.conversion.calibration.streams import IN_MEMORY_BYTES
 from kimi_convert.model.names.layout import expected_entries
@@ -43,8 +44,10 @@ class CalibrationCost:
         return self.flops / (_REACHED * _flops_per_second(torch.device(device)))
 
 
-def calibration_cost(config: ModelConfig, recipe: CalibrationRecipe) -> CalibrationCost:
-    """Estimate from the teacher's config alone."""
+def calibration_cost(
+    config: ModelConfig, recipe: CalibrationRecipe, device: torch.device | str = "cpu"
+) -> CalibrationCost:
+    """Estimate from the teacher's config alone, for a run on a device."""
     entries = list(expected_entries(config))
     layers, width = config.num_layers, config.hidden_size
     tokens, checked = recipe.tokens, recipe.validation_tokens
@@ -59,13 +62,19 @@ def calibration_cost(config: ModelConfig, recipe: CalibrationRecipe) -> Calibrat
     streams = [_FP32 * width * size for size in (tokens, tokens, searched)]
     futures = _FP32 * width * checked * (2 * layers + 1)
     resident = [size for size in streams if size <= IN_MEMORY_BYTES]
-    features = _FP32 * config.mla.num_heads * config.mla.v_head_dim * searched
-    largest = max(_layer_bytes(entries).values())
+    search = search_bytes(config, searched)
+    ahead = layers_ahead(torch.device(device), search_bytes=search)
+    layer = max(_layer_bytes(entries).values())
     return CalibrationCost(
         flops=flops,
-        memory_bytes=int(largest + sum(resident) + futures + _SEARCH_TENSORS * features),
+        memory_bytes=int(ahead * (layer + search) + sum(resident) + futures),
         disk_bytes=int(sum(streams) - sum(resident)),
     )
+
+
+def search_bytes(config: ModelConfig, tokens: int) -> int:
+    """Return what the search of one layer holds, for so many tokens."""
+    return _SEARCH_TENSORS * _FP32 * config.mla.num_heads * config.mla.v_head_dim * tokens
 
 
 def _search_flops(config: ModelConfig) -> float:

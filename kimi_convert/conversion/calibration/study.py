@@ -7,13 +7,18 @@ teacher: what it costs at the output, in KL, is what the choice of layers goes b
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.ahead import SearchPool, layers_ahead
+from kimi_convert.conversion.calibration.cost import search_bytes
 from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.starts import Start
@@ -25,7 +30,12 @@ from kimi_convert.conversion.calibration.streams import (
     groups,
     make_stream,
 )
-from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
+from kimi_convert.conversion.calibration.students import (
+    KdaStudent,
+    MlaStudent,
+    Student,
+    kept_parameters,
+)
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
 
@@ -62,30 +72,57 @@ def study_layers(
     """Go through the teacher once. Layers that the store has are not searched again."""
     embed = teacher.embedding()
     search = make_stream(given.search_tokens, embed, spill=store.folder)
-    check = make_stream(given.validation_tokens, embed, spill=store.folder)
-    variants: dict[tuple[str, int], torch.Tensor] = {}
+    futures = _Futures(
+        given, store, make_stream(given.validation_tokens, embed, spill=store.folder)
+    )
     num_layers = teacher.config.num_layers
-    for layer_idx in range(num_layers):
-        layer = teacher.layer(layer_idx)
-        told = _told(on_progress, layer_idx, num_layers)
-        told(0, 1)
-        inputs, outputs = _mixer_io(layer, search)
-        if not store.has(part_name(layer_idx)):
-            with errors_of_layer(layer_idx):
-                _fit_layer(layer, layer_idx, inputs, outputs, given, start, store, told)
-        for stream in variants.values():
+
+    def told(layers: float) -> None:
+        done = int(100 * layers)
+        on_progress(ProgressEvent(STAGE, done, 100 * num_layers, "%", f"layer {int(layers)}"))
+
+    width = layers_ahead(
+        search.device, search_bytes=search_bytes(given.config, given.search_tokens.numel())
+    )
+    with SearchPool(width, on_progress=told) as pool:
+        running: deque[tuple[int, DecoderLayer, Future[None]]] = deque()
+        for layer_idx in range(num_layers):
+            layer = teacher.layer(layer_idx)
+            inputs, outputs = _mixer_io(layer, search)
+            fit = partial(_fit_layer, layer, layer_idx, inputs, outputs, given, start, store)
+            running.append((layer_idx, layer, pool.start(layer_idx, fit)))
+            _finish(layer, search, outputs)
+            if len(running) == pool.width:
+                futures.try_out(*running.popleft())
+        while running:
+            futures.try_out(*running.popleft())
+    on_progress(ProgressEvent(STAGE, 100 * num_layers, 100 * num_layers, "%"))
+    return _judge(teacher, futures.check, futures.variants, given)
+
+
+class _Futures:
+    """What becomes of the validation stream with one layer replaced, for every layer and kind."""
+
+    def __init__(self, given: StudyInput, store: CalibrationStore, check: torch.Tensor) -> None:
+        self.check = check
+        self.variants: dict[tuple[str, int], torch.Tensor] = {}
+        self._given = given
+        self._store = store
+
+    def try_out(self, layer_idx: int, layer: DecoderLayer, fitted: Future[None]) -> None:
+        """Take every stream through a layer, and both of its futures through it alone."""
+        fitted.result()
+        for stream in self.variants.values():
             _through(layer, stream)
-        for kind, student, matrix in _futures(layer, layer_idx, given, store):
-            changed = copy_stream(check, spill=store.folder)
+        for kind in ("kda", "mla"):
+            student, matrix = future(kind, layer, layer_idx, self._given, self._store)
+            changed = copy_stream(self.check, spill=self._store.folder)
             for rows in batches(len(changed)):
                 x = layer.input_norm(changed[rows])
                 after = changed[rows] + student.features(x) @ matrix
                 changed[rows] = after + layer.feed_forward(after)
-            variants[kind, layer_idx] = changed
-        _finish(layer, search, outputs)
-        _through(layer, check)
-    on_progress(ProgressEvent(STAGE, 100 * num_layers, 100 * num_layers, "%"))
-    return _judge(teacher, check, variants, given)
+            self.variants[kind, layer_idx] = changed
+        _through(layer, self.check)
 
 
 def part_name(layer_idx: int) -> str:
@@ -104,13 +141,8 @@ def future(
         parameters = {name: value.to(device) for name, value in part.items() if name != "lags"}
         return KdaStudent(given.config, parameters), parameters["kda.o.weight"].T
     lags = part["lags"].to(device) if given.fold else None
-    return MlaStudent(given.config, layer.mla, lags), layer.mla.o.weight.float().T
-
-
-def _futures(
-    layer: DecoderLayer, layer_idx: int, given: StudyInput, store: CalibrationStore
-) -> list[tuple[str, Student, torch.Tensor]]:
-    return [(kind, *future(kind, layer, layer_idx, given, store)) for kind in ("kda", "mla")]
+    student = MlaStudent(given.config, kept_parameters(layer.mla, lags))
+    return student, layer.mla.o.weight.float().T
 
 
 def _fit_layer(
@@ -123,13 +155,16 @@ def _fit_layer(
     store: CalibrationStore,
     told: Callable[[int, int], None],
 ) -> None:
-    """Search one layer's mixer and put it into the store."""
+    """Search one layer's mixer and put it into the store, if it is not there."""
+    if store.has(part_name(layer_idx)):
+        return
     assert layer.mla is not None
-    statistics = layer_statistics(layer.mla, x)
-    result = start(statistics, x, y, given.config, layer_idx, told)
-    student = KdaStudent(given.config, {**result.parameters, "kda.o.weight": x.new_zeros(0)})
-    parts = [moments(student.features(x[rows]), y[rows]) for rows in groups(len(x))]
-    fitted = fit_ridge(parts)
+    with errors_of_layer(layer_idx):
+        statistics = layer_statistics(layer.mla, x)
+        result = start(statistics, x, y, given.config, layer_idx, told)
+        student = KdaStudent(given.config, result.parameters)
+        parts = [moments(student.features(x[rows]), y[rows]) for rows in groups(len(x))]
+        fitted = fit_ridge(parts)
     store.save(
         part_name(layer_idx),
         {**student.parameters(), "kda.o.weight": fitted.solution.T, "lags": statistics.lags},
@@ -194,13 +229,3 @@ def divergence(
         student = head(stream[rows]).log_softmax(-1)
         total += float((guide.exp() * (guide - student)).sum())
     return total / (stream.shape[0] * stream.shape[1])
-
-
-def _told(
-    on_progress: ProgressCallback, layer_idx: int, num_layers: int
-) -> Callable[[int, int], None]:
-    def told(done: int, total: int) -> None:
-        now = 100 * layer_idx + 100 * done // max(total, 1)
-        on_progress(ProgressEvent(STAGE, now, 100 * num_layers, "%", f"layer {layer_idx}"))
-
-    return told

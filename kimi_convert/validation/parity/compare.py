@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.validation.bounds import (
     cosine_bound,
     error_bound,
@@ -20,7 +21,7 @@ from kimi_convert.validation.bounds import (
     stage_bound,
     tie_margin,
 )
-from kimi_convert.validation.parity.routing import explained_choices
+from kimi_convert.validation.parity.routing import explained_choices, groups_of
 from kimi_convert.validation.parity.stages import (
     EMBED,
     HIDDEN,
@@ -98,7 +99,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare_traces(
-    found: Trace, expected: Trace, *, dtype: torch.dtype, num_layers: int
+    found: Trace, expected: Trace, *, dtype: torch.dtype, config: ModelConfig
 ) -> Comparison:
     """Compare what both report.
 
@@ -106,10 +107,10 @@ def compare_traces(
         found: of the implementation that is judged.
         expected: of the reference.
         dtype: the coarsest that weights or activations of either have.
-        num_layers: of the model.
+        config: of the model.
     """
-    bound = error_bound(dtype, num_layers)
-    kept = comparable_tokens(found, expected)
+    bound = error_bound(dtype, config.num_layers)
+    kept = comparable_tokens(found, expected, groups=groups_of(config))
     errors: dict[Probe, float] = {}
     for probe in in_order(found.values.keys() & expected.values.keys()):
         if probe.stage in _JUDGED:
@@ -212,7 +213,7 @@ def _error(found: Trace, expected: Trace, probe: Probe, kept: torch.Tensor) -> f
     return relative_error(mine[at], theirs[at])
 
 
-def comparable_tokens(found: Trace, expected: Trace) -> torch.Tensor:
+def comparable_tokens(found: Trace, expected: Trace, *, groups: int) -> torch.Tensor:
     """Return [B, L, T]: whether a token can be compared from a layer on.
 
     Not after a near tie between experts in that token, or in one that it can see.
@@ -221,13 +222,13 @@ def comparable_tokens(found: Trace, expected: Trace) -> torch.Tensor:
     batch_size, num_tokens = expected.logits.shape[:2]
     kept = torch.ones(batch_size, max(layers, default=0) + 1, num_tokens, dtype=torch.bool)
     for layer_idx in sorted(layers):
-        tied = _tied(found, expected, layer_idx)
+        tied = _tied(found, expected, layer_idx, groups=groups)
         if tied is not None:
             kept[:, layer_idx:] &= (tied.cumsum(-1) == 0)[:, None]
     return kept
 
 
-def _tied(found: Trace, expected: Trace, layer_idx: int) -> torch.Tensor | None:
+def _tied(found: Trace, expected: Trace, layer_idx: int, *, groups: int) -> torch.Tensor | None:
     scores, weights = Probe(layer_idx, SCORES), Probe(layer_idx, ROUTER)
     both = found.values.keys() & expected.values.keys()
     if not {scores, weights} <= both:
@@ -237,6 +238,7 @@ def _tied(found: Trace, expected: Trace, layer_idx: int) -> torch.Tensor | None:
         found.values[weights],
         expected_scores=expected.values[scores].double(),
         expected_weights=expected.values[weights],
+        groups=groups,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from kimi_convert.config.architecture import ModelConfig, TopkMethod
 from kimi_convert.model.moe import Router, Routing
 from kimi_convert.validation.parity.probes import expert_weights
 
@@ -27,6 +28,7 @@ class Follower:
 
     scores: torch.Tensor  # [N, E], the reference's
     weights: torch.Tensor  # [N, E], the reference's
+    groups: int = 1  # of experts, that are ruled out by the sum of their two best
     followed: int = field(default=0)  # tokens
 
     def __call__(
@@ -37,7 +39,11 @@ class Follower:
         _, scores = router.scores(inputs[0])
         mine = expert_weights(found, scores.shape[-1])
         tied = explained_choices(
-            scores, mine, expected_scores=self.scores, expected_weights=self.weights
+            scores,
+            mine,
+            expected_scores=self.scores,
+            expected_weights=self.weights,
+            groups=self.groups,
         )
         self.followed += int(tied.sum())
         experts = self.weights.topk(found.experts.shape[-1], -1).indices
@@ -54,6 +60,7 @@ def explained_choices(
     *,
     expected_scores: torch.Tensor,
     expected_weights: torch.Tensor,
+    groups: int = 1,
 ) -> torch.Tensor:
     """Tell which tokens chose other experts than the reference, because of a near tie.
 
@@ -62,16 +69,39 @@ def explained_choices(
         weights: [..., E], 0 where an expert was not chosen.
         expected_scores: the reference's.
         expected_weights: the reference's.
+        groups: of experts; the choice is limited to the best by the sum of their two best scores.
 
     Returns:
         [...] bool.
     """
     chosen, expected = weights != 0, expected_weights != 0
     lost, won = expected & ~chosen, chosen & ~expected
-    infinite = float("inf")
-    worst_lost = expected_scores.masked_fill(~lost, -infinite).amax(-1)
-    best_won = expected_scores.masked_fill(~won, infinite).amin(-1)
     moved = (scores - expected_scores).abs().amax(-1)
     ulp = torch.finfo(expected_scores.dtype).eps * expected_scores.abs().amax(-1)
-    near = worst_lost - best_won <= 2 * moved + _LAST_BITS * ulp
+    room = 2 * moved + _LAST_BITS * ulp
+    # Every expert that was lost lies above every one that was won, so all must be near.
+    near = (
+        _extreme(expected_scores, lost, most=True) - _extreme(expected_scores, won, most=False)
+        <= room
+    )
+    if groups > 1:
+        best = expected_scores.unflatten(-1, (groups, -1)).topk(2, -1).values.sum(-1)
+        of_group = best.repeat_interleave(expected_scores.shape[-1] // groups, -1)
+        # With a group, its experts go at once, however they score themselves.
+        gap = _extreme(of_group, lost, most=False) - _extreme(of_group, won, most=True)
+        near |= gap <= 2 * room
     return lost.any(-1) & near
+
+
+def _extreme(scores: torch.Tensor, among: torch.Tensor, *, most: bool) -> torch.Tensor:
+    """Return the largest or smallest score [...] among some experts, infinite if there are none."""
+    if most:
+        return scores.masked_fill(~among, float("-inf")).amax(-1)
+    return scores.masked_fill(~among, float("inf")).amin(-1)
+
+
+def groups_of(config: ModelConfig) -> int:
+    """Return how many groups limit the choice of experts; 1 if none do."""
+    moe = config.moe
+    limited = moe is not None and moe.topk_method is TopkMethod.NOAUX_TC
+    return moe.num_groups if moe is not None and limited else 1

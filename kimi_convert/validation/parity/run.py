@@ -14,22 +14,19 @@ from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import UsageError
 from kimi_convert.model.numerics import SERVED, Numerics
-from kimi_convert.validation.bounds import coarsest, error_bound
 from kimi_convert.validation.environment import this_environment
 from kimi_convert.validation.options import ValidationOptions
 from kimi_convert.validation.parity.artifacts import rounded_dtype
 from kimi_convert.validation.parity.compare import (
-    comparable_tokens,
     compare_traces,
-    relative_error,
 )
 from kimi_convert.validation.parity.greedy import compare_greedy
 from kimi_convert.validation.parity.numerics_of import differing, effective
 from kimi_convert.validation.parity.oracles.process import OracleFailedError
+from kimi_convert.validation.parity.pairs import Row, compare_pairs, kept_row
 from kimi_convert.validation.parity.report import (
     Absent,
     ImplementationResult,
-    PairError,
     ParityReport,
 )
 from kimi_convert.validation.parity.runners import (
@@ -48,8 +45,6 @@ from kimi_convert.validation.parity.trace import Greedy, Trace
 from kimi_convert.validation.sample import leading_tokens, random_tokens, read_sample
 
 _PROMPT_TOKENS = 16
-# Logits of one implementation that are kept for the pairs.
-_PAIR_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +128,7 @@ def compare_implementations(
         sequence_length=tokens.shape[1],
         reference=REFERENCE,
         implementations=tuple(results),
-        pairs=tuple(_pairs([references.row(), *rows], config)),
+        pairs=tuple(compare_pairs([references.row(), *rows], config)),
         absent=tuple(absent),
         environment=this_environment(),
     )
@@ -158,17 +153,6 @@ def _tokens(
         options=sizes,
     )
     return leading_tokens(sample, sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Logits that stay in memory until all pairs are compared."""
-
-    name: str
-    numerics: Numerics  # effective
-    dtype: torch.dtype
-    logits: torch.Tensor  # [N, vocab]
-    kept: torch.Tensor  # [N] bool
 
 
 @dataclass(slots=True)
@@ -205,10 +189,16 @@ class _References:
             )
         return self.continuations[chosen]
 
-    def row(self) -> _Row:
+    def row(self) -> Row:
         """Return the reference's own logits, as it is served."""
-        trace = self.trace(SERVED)
-        return _row(REFERENCE, trace, trace, self._effective(SERVED), torch.float32)
+        return kept_row(
+            REFERENCE,
+            self.trace(SERVED),
+            self.trace(SERVED),
+            numerics=SERVED,
+            dtype=torch.float32,
+            config=self.config,
+        )
 
     def _effective(self, numerics: Numerics) -> Numerics:
         return effective(numerics, self.config, torch.float32)
@@ -220,9 +210,9 @@ def _run_all(
     references: _References,
     *,
     asked: Sequence[str],
-) -> tuple[list[ImplementationResult], list[_Row], list[Absent]]:
+) -> tuple[list[ImplementationResult], list[Row], list[Absent]]:
     results: list[ImplementationResult] = []
-    rows: list[_Row] = []
+    rows: list[Row] = []
     absent: list[Absent] = []
     for runner in runners:
         reason = runner.why_not(problem)
@@ -237,8 +227,16 @@ def _run_all(
             for name, trace in runner.run(problem):
                 seconds = time.perf_counter() - started
                 results.append(_judge(runner, name, trace, problem, references, seconds))
-                numerics = effective(runner.numerics, problem.config, runner.dtype)
-                rows.append(_row(name, trace, expected, numerics, runner.dtype))
+                rows.append(
+                    kept_row(
+                        name,
+                        trace,
+                        expected,
+                        numerics=runner.numerics,
+                        dtype=runner.dtype,
+                        config=problem.config,
+                    )
+                )
                 started = time.perf_counter()
         except OracleFailedError as error:
             absent.append(Absent(name=runner.name, why=str(error), failed=True))
@@ -257,7 +255,7 @@ def _judge(
         trace,
         references.trace(runner.numerics),
         dtype=runner.dtype,
-        num_layers=problem.config.num_layers,
+        config=problem.config,
     )
     greedy = None
     if trace.greedy is not None:
@@ -275,31 +273,3 @@ def _judge(
         greedy=greedy,
         seconds=seconds,
     )
-
-
-def _row(name: str, trace: Trace, expected: Trace, numerics: Numerics, dtype: torch.dtype) -> _Row:
-    logits = trace.logits.flatten(0, 1)
-    step = max(1, logits.nbytes // _PAIR_BYTES)
-    kept = comparable_tokens(trace, expected)[:, -1].flatten()
-    return _Row(name, numerics, dtype, logits[::step].clone(), kept[::step])
-
-
-def _pairs(rows: Sequence[_Row], config: ModelConfig) -> list[PairError]:
-    found: list[PairError] = []
-    for place, first in enumerate(rows):
-        for second in rows[place + 1 :]:
-            both = first.kept & second.kept
-            dtype = coarsest((first.dtype, second.dtype))
-            differs = differing(first.numerics, second.numerics)
-            error = relative_error(second.logits[both], first.logits[both])
-            bound = None if differs else error_bound(dtype, config.num_layers)
-            found.append(
-                PairError(
-                    first=first.name,
-                    second=second.name,
-                    relative_error=error,
-                    bound=bound,
-                    differs_in=differs,
-                )
-            )
-    return found

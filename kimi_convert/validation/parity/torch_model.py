@@ -21,7 +21,7 @@ from kimi_convert.model.kda import KdaForm
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.numerics import SERVED, Numerics
 from kimi_convert.validation.parity.probes import listening
-from kimi_convert.validation.parity.routing import Follower
+from kimi_convert.validation.parity.routing import Follower, groups_of
 from kimi_convert.validation.parity.stages import (
     EMBED_PROBE,
     HIDDEN,
@@ -95,7 +95,7 @@ def trace_checkpoint(
         for layer_idx in range(num_layers):
             on_progress(ProgressEvent(label, layer_idx, num_layers, "layers"))
             layer = layers.layer(layer_idx)
-            follower = _follower(layer, layer_idx, follow, device=run.device)
+            follower = _follower(layer, layer_idx, follow, groups=groups_of(layers.config))
             hidden, found = _run_layer(layer, hidden, cache.layers[layer_idx], run, follower)
             rerouted += follower.followed if follower else 0
             values |= {Probe(layer_idx, stage): found[stage].cpu() for stage in found}
@@ -121,15 +121,15 @@ def continue_greedily(folder: Path, prompt: Sequence[int], count: int, run: Torc
 
 
 def _follower(
-    layer: DecoderLayer, layer_idx: int, follow: Trace | None, *, device: str
+    layer: DecoderLayer, layer_idx: int, follow: Trace | None, *, groups: int
 ) -> Follower | None:
     if follow is None or layer.moe is None:
         return None
     scores, weights = (
-        follow.values[Probe(layer_idx, stage)].flatten(0, 1).to(device)
+        follow.values[Probe(layer_idx, stage)].flatten(0, 1).to(layer.moe.router.weight.device)
         for stage in (SCORES, ROUTER)
     )
-    return Follower(scores, weights)
+    return Follower(scores, weights, groups=groups)
 
 
 def _run_layer(

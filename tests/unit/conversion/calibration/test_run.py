@@ -20,7 +20,7 @@ from kimi_convert.config.calibration import (
 )
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
-from kimi_convert.conversion.calibration import align, distill, moves, search, sequential
+from kimi_convert.conversion.calibration import align, distill, moves, outputs, search
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
@@ -236,14 +236,14 @@ def test_alignment_that_diverges_is_exit_6_and_keeps_what_is_finished(tmp_path, 
 
 
 def test_solve_that_is_not_finite_names_its_layer(tmp_path, text, monkeypatch):
-    real = sequential.moments
+    real = outputs.moments
     calls = []
 
     def spoiled(z, y):
         calls.append(z)
         return real(z * float("nan"), y) if len(calls) > 30 else real(z, y)
 
-    monkeypatch.setattr(sequential, "moments", spoiled)
+    monkeypatch.setattr(outputs, "moments", spoiled)
     with pytest.raises(CalibrationError, match="no solution") as caught:
         convert(source_of(tmp_path), tmp_path / "out", text)
     assert caught.value.where.startswith("layer ")
@@ -252,13 +252,13 @@ def test_solve_that_is_not_finite_names_its_layer(tmp_path, text, monkeypatch):
 
 
 def test_solve_that_does_harm_is_replaced_and_said(tmp_path, text, monkeypatch):
-    real = sequential.fit_ridge
+    real = outputs.fit_ridge
 
     def harmful(parts):
         fitted = real(parts)
         return type(fitted)(-5 * fitted.solution, fitted.penalty, fitted.error)
 
-    monkeypatch.setattr(sequential, "fit_ridge", harmful)
+    monkeypatch.setattr(outputs, "fit_ridge", harmful)
     result = convert(source_of(tmp_path), tmp_path / "out", text)
     assert result.fit is not None
     assert {layer.output for layer in result.fit.layers} <= {"teacher-forced", "switched off"}

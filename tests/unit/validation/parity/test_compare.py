@@ -8,7 +8,9 @@ import torch
 from kimi_convert.validation.parity.compare import compare_traces, relative_error
 from kimi_convert.validation.parity.stages import LOGITS_PROBE, Probe
 from kimi_convert.validation.parity.trace import Trace
+from tests.tiny import tiny_config
 
+CONFIG = tiny_config("kimi_linear", num_hidden_layers=2)
 K, STATE, HIDDEN = Probe(0, "kda.k"), Probe(0, "kda.state"), Probe(0, "hidden")
 SCORES, ROUTER = Probe(1, "moe.scores"), Probe(1, "moe.router")
 LAST = Probe(1, "hidden")
@@ -42,7 +44,7 @@ def changed(trace, **changes):
 
 
 def compare(found, expected, dtype=torch.float32):
-    return compare_traces(found, expected, dtype=dtype, num_layers=2)
+    return compare_traces(found, expected, dtype=dtype, config=CONFIG)
 
 
 def test_a_trace_agrees_with_itself():

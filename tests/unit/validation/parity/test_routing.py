@@ -34,3 +34,19 @@ def test_another_choice_from_the_same_scores_is_not_explained():
         scores, wrong, expected_scores=scores, expected_weights=dense(scores)
     )
     assert found.tolist() == [False]
+
+
+def test_a_group_goes_with_all_its_experts():
+    expected = torch.tensor([[0.9, 0.5, 0.2, 0.1, 0.701, 0.7, 0.1, 0.1]])  # groups 1.400, 1.401
+    found = expected.clone()
+    found[0, 1] += 0.002
+
+    def chosen(scores, group):
+        return dense(scores * torch.tensor([[group == 0] * 4 + [group == 1] * 4]))
+
+    before, after = chosen(expected, 1), chosen(found, 0)
+    for groups, tied in ((2, True), (1, False)):
+        result = explained_choices(
+            found, after, expected_scores=expected, expected_weights=before, groups=groups
+        )
+        assert result.tolist() == [tied]

@@ -16,13 +16,13 @@ from kimi_convert.validation.parity.torch_model import (
 )
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
+CONFIG = tiny_config("kimi_linear", q_lora_rank=20)
 TOKENS = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    config = tiny_config("kimi_linear", q_lora_rank=20)
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("t") / "c", config, seed=2)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("t") / "c", CONFIG, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_pieces_hear_the_same_stages(checkpoint, reference, pieces):
     run = TorchRun(kda_form=KdaForm.RECURRENT, pieces=pieces)
     found = trace_checkpoint(checkpoint, TOKENS, run)
     assert found.values.keys() == reference.values.keys()
-    assert compare_traces(found, reference, dtype=torch.float32, num_layers=4).passed
+    assert compare_traces(found, reference, dtype=torch.float32, config=CONFIG).passed
 
 
 def test_narrow_dtype_follows_the_references_near_ties(checkpoint, reference):
@@ -55,7 +55,7 @@ def test_narrow_dtype_follows_the_references_near_ties(checkpoint, reference):
     led = trace_checkpoint(checkpoint, TOKENS, run, follow=reference)
     assert alone.rerouted == 0
     assert led.rerouted > 0
-    assert compare_traces(led, reference, dtype=torch.bfloat16, num_layers=4).left_out == 0
+    assert compare_traces(led, reference, dtype=torch.bfloat16, config=CONFIG).left_out == 0
 
 
 def test_teacher_is_traced_too(tmp_path):

@@ -1,0 +1,224 @@
+"""One file of weights, made by one worker: the same function in this process, in another, on Ray.
+
+A job holds all that its file needs and nothing of the rest of the plan, so that it is small enough
+to be sent to another machine. Copied tensors go from file to file through the file system; what is
+made is in memory alone, with its sources. The same job gives the same bytes, however many threads
+torch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
+from kimi_convert.checkpoints.index import CheckpointIndex
+from kimi_convert.checkpoints.reader import ShardProvider
+from kimi_convert.checkpoints.shard_plan import PlannedShard
+from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
+from kimi_convert.checkpoints.weight_reader import WeightReader
+from kimi_convert.checkpoints.weights import Weight
+from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.calibration.report import CalibrationReport
+from kimi_convert.conversion.plan import ConversionPlan, TensorTask
+from kimi_convert.conversion.rules import Op
+from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
+from kimi_convert.conversion.transforms import TRANSFORMS, Job
+from kimi_convert.errors import CheckpointError
+
+
+class Fit(Protocol):
+    """What a calibration gives a conversion."""
+
+    @property
+    def report(self) -> CalibrationReport:
+        """What goes into conversion.json."""
+        ...
+
+    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
+        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """One file of weights to be written, with all that its tensors are made from."""
+
+    shard: PlannedShard
+    path: Path  # where it is written; must not exist
+    tasks: tuple[TensorTask, ...]  # in the order of the file
+    weights: Mapping[str, Weight]  # those that the tasks read, by name
+    index: CheckpointIndex  # with the files that hold them
+    config: ModelConfig  # of the source
+    recipe: Recipe
+    fit: Fit | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What one job wrote."""
+
+    written: WrittenFile
+    copied: Mapping[str, str]  # source tensors that were copied, with the SHA-256 of their bytes
+
+
+OnTensor = Callable[[str, int], None]  # told of each tensor: its name, and the bytes before it
+
+
+def ignore_tensor(name: str, done_bytes: int) -> None:
+    """Take a tensor and do nothing."""
+
+
+def shard_jobs(
+    plan: ConversionPlan, fit: Fit | None, path_of: Callable[[str], Path], done: Sequence[str] = ()
+) -> tuple[ShardJob, ...]:
+    """Cut a plan into the jobs that are left to do, in the order of the files.
+
+    Args:
+        plan: what is to be written.
+        fit: what a calibration gave, if the plan has one.
+        path_of: where a file is written, by its name.
+        done: names of files that are finished.
+    """
+    tasks = {task.tensor.name: task for task in plan.tasks}
+    jobs: list[ShardJob] = []
+    for shard in plan.shards.shards:
+        if shard.file_name in done:
+            continue
+        own = tuple(tasks[tensor.name] for tensor in shard.tensors)
+        weights = {name: plan.weights[name] for task in own for name in task.sources}
+        stored = {part.name: part for weight in weights.values() for part in weight.stored}
+        files = {part.shard: plan.index.shards[part.shard] for part in stored.values()}
+        jobs.append(
+            ShardJob(
+                shard=shard,
+                path=path_of(shard.file_name),
+                tasks=own,
+                weights=weights,
+                index=CheckpointIndex(plan.index.folder, stored, files),
+                config=plan.source_config,
+                recipe=plan.recipe,
+                fit=fit,
+            )
+        )
+    return tuple(jobs)
+
+
+def write_shard(
+    job: ShardJob,
+    *,
+    on_tensor: OnTensor = ignore_tensor,
+    provider: ShardProvider | None = None,
+) -> ShardResult:
+    """Write one file of weights, durably.
+
+    Raises:
+        CheckpointError: the source has changed, or holds NaN, Inf or parts that are not valid.
+        ResourceError: the disk is full or cannot be written.
+    """
+    try:
+        with (
+            WeightReader(job.index, provider) as reader,
+            ShardWriter(job.path, job.shard) as writer,
+        ):
+            copied = _Worker(job, reader, writer, on_tensor).write()
+            return ShardResult(written=writer.finish(), copied=copied)
+    except BaseException:
+        job.path.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """Writes the tensors of one job."""
+
+    job: ShardJob
+    reader: WeightReader
+    writer: ShardWriter
+    on_tensor: OnTensor
+
+    def write(self) -> dict[str, str]:
+        """Write every tensor; return the SHA-256 of every source tensor that was copied."""
+        copied: dict[str, str] = {}
+        done = 0
+        for task in self.job.tasks:
+            self.on_tensor(task.tensor.name, done)
+            if task.op is Op.COPY:
+                weight = self.job.weights[task.sources[0]]
+                copied[weight.stored[0].name] = self._copy(task, weight)
+            elif task.op is Op.DEQUANTIZE:
+                weight = self.job.weights[task.sources[0]]
+                chunks = finite_chunks(self.reader, weight, self.job.index.folder)
+                self.writer.write(task.tensor.name, chunks)
+            else:
+                self.writer.write(task.tensor.name, self._made(task))
+            done += task.tensor.nbytes
+        return copied
+
+    def _copy(self, task: TensorTask, weight: Weight) -> str:
+        """Let the file system copy a tensor, and search what arrived for NaN and Inf."""
+
+        def look(chunk: memoryview) -> None:
+            if weight.dtype in FLOATS and find_non_finite(chunk, weight.dtype) is not None:
+                raise not_finite_error(weight.name, self.job.index.folder)
+
+        return self.writer.copy(task.tensor.name, self.reader.extents(weight), look=look)
+
+    def _made(self, task: TensorTask) -> memoryview:
+        """Return the bytes of a tensor that is computed; its sources are freed before."""
+        made = self._fitted(task) if task.op is Op.FITTED else self._transformed(task)
+        stored = made.to(torch_dtype(task.tensor.dtype))
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(
+                f"tensor {task.tensor.name!r} cannot be stored as {task.tensor.dtype}",
+                where=self.job.index.folder,
+                expected="finite values",
+                found=f"values up to {made.abs().max().item():.3g}",
+                hint="Lower the gains of the recipe, or convert from a bf16 or fp32 copy.",
+            )
+        self.reader.release()
+        return tensor_bytes(stored)
+
+    def _fitted(self, task: TensorTask) -> torch.Tensor:
+        assert self.job.fit is not None
+        assert task.layer_idx is not None
+        name = task.param.removeprefix(f"layers.{task.layer_idx}.")
+        made = self.job.fit.parameter(task.layer_idx, name)
+        return made.reshape(task.tensor.shape).contiguous()
+
+    def _transformed(self, task: TensorTask) -> torch.Tensor:
+        sources = tuple(self._wide(name) for name in task.sources)
+        job = Job(
+            sources=sources,
+            shape=task.tensor.shape,
+            target=task.param,
+            config=self.job.config,
+            recipe=self.job.recipe,
+        )
+        with _one_thread():
+            return TRANSFORMS[task.op](job)
+
+    def _wide(self, name: str) -> torch.Tensor:
+        tensor = self.reader.tensor(self.job.weights[name]).float()
+        if not bool(tensor.isfinite().all()):
+            raise not_finite_error(name, self.job.index.folder)
+        return tensor
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Keep products on one core: how many share one decides in which order it is summed up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
