@@ -59,7 +59,7 @@ $(RUNTIME): WHAT := .
 $(RUNTIME): $(INPUTS)
 	$(install)
 
-$(DEVELOP): WHAT := .[dev,onnx,oracles]
+$(DEVELOP): WHAT := .[dev,onnx,oracles,ray]
 $(DEVELOP): $(INPUTS)
 	$(install)
 	@touch $(RUNTIME)

@@ -17,6 +17,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class EngineName(StrEnum):
+    """What runs the jobs of a conversion."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class BackendName(StrEnum):
     """The implementations of the kernels that models run on."""
 
@@ -71,6 +78,13 @@ ModelDtypeOpt = Annotated[
 ]
 MaxShardSizeOpt = Annotated[
     str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights to write.")
+]
+EngineOpt = Annotated[
+    EngineName,
+    typer.Option(
+        "--engine",
+        help="What writes the files: this machine, or a Ray cluster with shared storage.",
+    ),
 ]
 ResumeOpt = Annotated[
     bool,

@@ -15,6 +15,8 @@ from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
     CalibrationOpt,
     DeviceOpt,
+    EngineName,
+    EngineOpt,
     JobsOpt,
     JsonOpt,
     MaxShardSizeOpt,
@@ -28,7 +30,7 @@ from kimi_convert.commands._options import (
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
 from kimi_convert.commands.plan import plan_report, runtimes_table
-from kimi_convert.errors import ResourceError, VerificationError
+from kimi_convert.errors import ResourceError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
@@ -80,6 +82,7 @@ def convert(
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
     jobs: JobsOpt = 1,
+    engine: EngineOpt = EngineName.LOCAL,
     resume: ResumeOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
@@ -112,7 +115,7 @@ def convert(
             device=device,
             max_shard_bytes=limit,
             resume=resume,
-            runner=_runner(jobs),
+            runner=_runner(jobs, engine),
             on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
@@ -154,10 +157,20 @@ def _recipe(
     return recipe if layers is None else with_layers(recipe, layers)
 
 
-def _runner(jobs: int) -> Runner:
+def _runner(jobs: int, engine: EngineName) -> Runner:
     from kimi_convert.conversion.runners import Processes, one_by_one
 
-    return one_by_one if jobs == 1 else Processes(jobs)
+    if engine is EngineName.LOCAL:
+        return one_by_one if jobs == 1 else Processes(jobs)
+    if jobs != 1:
+        raise UsageError(
+            "a Ray cluster runs as many jobs as it has cores and memory for",
+            expected=f"--jobs or --engine {EngineName.RAY}",
+            found="both",
+        )
+    from kimi_convert.conversion.ray_cluster import RayCluster
+
+    return RayCluster()
 
 
 @contextmanager

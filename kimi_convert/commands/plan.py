@@ -91,7 +91,7 @@ def _sizes(plan: ConversionPlan) -> Facts:
 def _memory_text(plan: ConversionPlan) -> str:
     from kimi_convert.conversion.memory import memory_bytes
 
-    whole = bytes_text(memory_bytes(plan, workers=1))
+    whole = bytes_text(memory_bytes(plan, plan.tasks))
     return f"{whole} for each job at most, tensors of {bytes_text(plan.peak_memory_bytes)} in it"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.conversion.plan import ConversionPlan
+from kimi_convert.conversion.plan import ConversionPlan, TensorTask
 from kimi_convert.errors import ResourceError
 
 # Python, torch and their libraries, resident before the first tensor: 0.24 GB measured.
@@ -14,9 +15,9 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; where there is none, the machine's memory counts
 
 
-def memory_bytes(plan: ConversionPlan, *, workers: int) -> int:
-    """Return the bytes that all workers hold at once, at most: tensors and programs."""
-    return workers * (plan.peak_memory_bytes + PROCESS_BYTES)
+def memory_bytes(plan: ConversionPlan, tasks: Iterable[TensorTask]) -> int:
+    """Return the bytes that one process holds at once for these tasks, at most: program and tensors."""
+    return PROCESS_BYTES + plan.working_bytes(tasks)
 
 
 def require_memory(plan: ConversionPlan, *, workers: int) -> None:
@@ -25,7 +26,7 @@ def require_memory(plan: ConversionPlan, *, workers: int) -> None:
     Raises:
         ResourceError: less is free than the plan says is needed.
     """
-    needed, free = memory_bytes(plan, workers=workers), free_memory_bytes()
+    needed, free = workers * memory_bytes(plan, plan.tasks), free_memory_bytes()
     if free is not None and free < needed:
         raise ResourceError(
             "not enough memory for the conversion",

@@ -7,7 +7,7 @@ made by exactly one rule. A plan is data; `engine` carries it out. No torch, no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +92,11 @@ class ConversionPlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Bytes of tensors in memory at once, at most: the largest tensor that is made."""
-        return max((_task_bytes(task, self.weights) for task in self.tasks), default=0)
+        return self.working_bytes(self.tasks)
+
+    def working_bytes(self, tasks: Iterable[TensorTask]) -> int:
+        """Return the bytes of tensors in memory at once while these are made, at most."""
+        return max((_task_bytes(task, self.weights) for task in tasks), default=0)
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `plan --json` prints."""

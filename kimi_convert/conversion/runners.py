@@ -17,7 +17,12 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from kimi_convert.checkpoints.reader import ShardProvider
-from kimi_convert.conversion.shard_job import ShardJob, ShardResult, write_shard
+from kimi_convert.conversion.shard_job import (
+    PART_SUFFIX,
+    ShardJob,
+    ShardResult,
+    write_shard,
+)
 from kimi_convert.errors import ResourceError
 
 OnDone = Callable[[ShardJob, ShardResult], None]
@@ -127,10 +132,13 @@ class InFlight:
 
 
 def _written_bytes(job: ShardJob) -> int:
+    parts = job.path.parent.glob(f"{job.path.name}.*{PART_SUFFIX}")
     try:
-        size = job.path.stat().st_size
-    except OSError:
-        return 0
+        size = max(
+            (path.stat().st_size for path in (*parts, job.path) if path.exists()), default=0
+        )
+    except OSError:  # it has just got its name
+        return job.shard.data_bytes
     return max(0, min(size - job.shard.header_bytes, job.shard.data_bytes))
 
 

@@ -28,11 +28,14 @@ from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration.report import CalibrationReport
+from kimi_convert.conversion.memory import memory_bytes
 from kimi_convert.conversion.plan import ConversionPlan, TensorTask
 from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
 from kimi_convert.conversion.transforms import TRANSFORMS, Job
 from kimi_convert.errors import CheckpointError
+
+PART_SUFFIX = ".part"  # of a file that is not finished
 
 
 class Fit(Protocol):
@@ -53,13 +56,14 @@ class ShardJob:
     """One file of weights to be written, with all that its tensors are made from."""
 
     shard: PlannedShard
-    path: Path  # where it is written; must not exist
+    path: Path  # where it will be
     tasks: tuple[TensorTask, ...]  # in the order of the file
     weights: Mapping[str, Weight]  # those that the tasks read, by name
     index: CheckpointIndex  # with the files that hold them
     config: ModelConfig  # of the source
     recipe: Recipe
     fit: Fit | None
+    memory_bytes: int  # of this job alone in a process, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +111,7 @@ def shard_jobs(
                 config=plan.source_config,
                 recipe=plan.recipe,
                 fit=fit,
+                memory_bytes=memory_bytes(plan, own),
             )
         )
     return tuple(jobs)
