@@ -144,7 +144,8 @@ class _Solver:
         recipe = self.given.align
         if not recipe.steps:
             return {}
-        return align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
+        trained = align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
+        return trained.to_record()
 
     def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
         if student.prefix == "kda.":

@@ -39,8 +39,8 @@ def values_of(student):
 
 def test_loss_falls_and_tokens_are_counted(layer, student):
     note = align(student, layer.given.x, layer.given.y)
-    assert note["align_losses"][1] < 0.8 * note["align_losses"][0]
-    assert note["align_tokens"] == 40 * 4 * 48
+    assert note.losses[1] < 0.8 * note.losses[0]
+    assert note.tokens == 40 * 4 * 48
 
 
 def test_loss_does_not_depend_on_the_scale_of_the_layer(layer):
@@ -57,7 +57,7 @@ def test_loss_does_not_depend_on_the_scale_of_the_layer(layer):
             recipe,
             seed=0,
         )
-        losses.append(found["align_losses"])
+        losses.append(found.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -86,7 +86,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (b"caf\xe9 au lait", InputError, "UTF-8"),
+        (b"price: 5 \xa3", InputError, "UTF-8"),
         (b"", InputError, "no documents|too little"),
         (b" \n\n ", InputError, "no documents|too little"),
         (b"One line alone.", CalibrationError, "too little"),
