@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.huggingface import read_config
 from kimi_convert.conversion import convert_checkpoint
 from kimi_convert.errors import KimiConvertError, VerificationError
 from kimi_convert.exporters.onnx.export import export_onnx
@@ -89,10 +90,12 @@ def measure(checkpoint: Path, work: Path, *, tokens: int, rounds: int) -> list[S
         KimiConvertError: the checkpoint cannot be exported or run.
     """
     torch.set_num_threads(1)
-    runners: dict[str, _Round] = {TORCH: _torch(checkpoint, tokens)}
+    vocab_size = read_config(checkpoint).vocab_size
+    prompt = np.arange(_PROMPT_TOKENS, dtype=np.int64)[None] % vocab_size
+    runners: dict[str, _Round] = {TORCH: _torch(checkpoint, prompt, tokens)}
     for number, (name, options) in enumerate(GRAPHS.items()):
         export_onnx(checkpoint, work / str(number), options=options)
-        runners[name] = _graph(OnnxSession(work / str(number), threads=1), tokens)
+        runners[name] = _graph(OnnxSession(work / str(number), threads=1), prompt, tokens)
     peer = _Transformers(checkpoint, tokens) if find_spec("transformers") else None
     if peer is not None:
         runners[TRANSFORMERS] = peer.run
@@ -112,14 +115,13 @@ def _speed(name: str, seconds: Sequence[Mapping[str, float]], tokens: int) -> Sp
     )
 
 
-def _torch(checkpoint: Path, tokens: int) -> _Round:
+def _torch(checkpoint: Path, prompt: np.ndarray, tokens: int) -> _Round:
     model = load_model(checkpoint)
-    prompt = torch.arange(_PROMPT_TOKENS)[None] % model.config.vocab_size
 
     @torch.inference_mode()
     def run() -> float:
         cache = new_cache(model.config, 1, dtype=torch.float32)
-        token = model(prompt, cache)[:, -1:].argmax(-1)
+        token = model(torch.from_numpy(prompt), cache)[:, -1:].argmax(-1)
         started = time.process_time()
         for _ in range(tokens):
             token = model(token, cache)[:, -1:].argmax(-1)
@@ -128,10 +130,9 @@ def _torch(checkpoint: Path, tokens: int) -> _Round:
     return run
 
 
-def _graph(session: OnnxSession, tokens: int) -> _Round:
+def _graph(session: OnnxSession, prompt: np.ndarray, tokens: int) -> _Round:
     def run() -> float:
         states = session.new_states(1)
-        prompt = np.arange(_PROMPT_TOKENS, dtype=np.int64)[None]
         token = session.run(prompt, states)[:, -1:].argmax(-1)
         started = time.process_time()
         for _ in range(tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kimi_convert.errors import UsageError
 from kimi_convert.exporters.onnx.export import export_onnx
 from kimi_convert.exporters.onnx.options import (
     MlaForm,
@@ -190,3 +191,9 @@ def test_last_logits_are_those_of_the_last_position(hybrid, session, tokens, tmp
     logits = last.run(tokens, last.new_states(2))
     assert logits.shape == (2, 1, 96)
     assert error(logits[:, 0], session.run(tokens, session.new_states(2))[:, -1]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("ids", [[[96]], [[-1]], [[]]], ids=["too large", "negative", "none"])
+def test_tokens_that_cannot_be_run_are_refused(session, ids):
+    with pytest.raises(UsageError, match="cannot be run"):
+        session.run(np.array(ids, dtype=np.int64), session.new_states(1))
