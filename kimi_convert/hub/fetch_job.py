@@ -84,6 +84,10 @@ class _Meter:
             self._tell(file.path, of_file, file.nbytes)
             self._tell(_STAGE, self.done, self.total)
 
+    def start(self) -> None:
+        """Tell of the whole before any file, so that its bar comes first."""
+        self.report(ProgressEvent(_STAGE, 0, self.total, "bytes"))
+
     def skip(self, file: RemoteFile) -> None:
         """Count a file that was there, without a word of its own."""
         with self._lock:
@@ -157,6 +161,7 @@ class Job:
             self._check_in_the_way()
             for path in self._place.take_apart(self._transfer.snapshot):
                 self._done.pop(path, None)
+        self._meter.start()
         for file in self._wanted:
             if file.path in self._done:
                 self._meter.skip(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import threading
 
 import pytest
@@ -111,6 +112,7 @@ def test_cache_of_huggingface_hub_is_checked_and_used(hub, repository):
 
 
 def test_damaged_blob_of_another_program_is_fetched_again(hub, repository, wanted, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     hub.fault(f"GET .*{SHARD}", flip=4000)
     folder = snapshot_download(NAME, allow_patterns=list(WANTED), endpoint=hub.url)
     result = download_checkpoint(NAME)
@@ -239,6 +241,7 @@ def test_next_run_keeps_whole_pieces(hub, tmp_path):
 
 
 def test_part_that_is_damaged_is_fetched_anew(hub, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     data = big_repository(hub, 3 << 20)
     hub.fault("GET .*model.safetensors", cut=2 * PIECE_BYTES)
     hub.fault("GET .*model.safetensors", times=9, status=403)
