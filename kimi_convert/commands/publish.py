@@ -117,7 +117,7 @@ def publish_report(result: PublishResult) -> Report:
     )
     sections: list[Section] = [
         Facts(title, tuple(facts)),
-        Table("Files", ("file", "size", "state"), rows, right=("size",)),
+        Table("Files", ("file", "size", "change"), rows, right=("size",)),
     ]
     if not result.validated:
         sections.append(Sentence("No validation covers these files (--force).", warns=True))
