@@ -338,3 +338,15 @@ def test_signature_of_other_files_is_not_published(hub, folder, keys):
 def test_options_that_contradict_themselves_are_refused(options):
     with pytest.raises(UsageError):
         PublishOptions(**options)
+
+
+def test_pull_request_of_somebody_else_with_more_in_it_is_not_merged(hub, folder):
+    """The title and the contents are no secret: what else it changes counts."""
+    hub.fault("POST .*/merge", status=500)
+    with pytest.raises(HubError):
+        publish_checkpoint(folder, NAME)
+    repository = hub.store.repositories[NAME]
+    repository.seed({"modeling.py": b"evil"}, branch="refs/pr/1")
+    publish_checkpoint(folder, NAME)
+    assert shown(repository) == local(folder)
+    assert [pull.status for pull in repository.pulls] == ["open", "merged"]
