@@ -183,6 +183,6 @@ def _multiplying_speed(config: ModelConfig, dtype: torch.dtype) -> float:
     x, weight = torch.zeros(64, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < _PROBE_SECONDS:
-        x @ weight
+        torch.mm(x, weight)
         count += 1
     return 2 * 64 * width * width * count / (time.perf_counter() - started)
