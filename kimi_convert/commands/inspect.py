@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from kimi_convert.commands._numbers import bytes_text, count_text, layers_text
-from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._options import JsonOpt, NamedCheckpointArg, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 
@@ -23,22 +25,30 @@ _SHOWN_SHARDS = 10
 
 
 def inspect(
-    checkpoint: CheckpointArg,
+    checkpoint: NamedCheckpointArg,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
     """Show a checkpoint's architecture, layers, sizes and problems; exit 3 if it has problems.
 
-    Only config.json, the index and the headers of the files are read.
+    Only config.json, the index and the headers of the files are read, on the Hub too.
     """
-    from kimi_convert.model.summary import summarize_checkpoint
-
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    summary = summarize_checkpoint(checkpoint)
+    summary = _summary(checkpoint)
     output.show(summary, lambda: checkpoint_report(summary))
     if summary.problems:
         raise typer.Exit(summary.problems[0].exit_code)
+
+
+def _summary(checkpoint: Path) -> CheckpointSummary:
+    from kimi_convert.hub.sources import open_headers
+    from kimi_convert.model.summary import summarize_checkpoint
+
+    with open_headers(checkpoint) as source:
+        summary = summarize_checkpoint(source.folder)
+    problems = tuple(source.named(problem) for problem in summary.problems)
+    return replace(summary, folder=source.name, problems=problems)
 
 
 def checkpoint_report(summary: CheckpointSummary) -> Report:

@@ -20,7 +20,7 @@ from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.conversion.rules import FITTED_TARGETS, RULES, Op, Rule
+from kimi_convert.conversion.rules import RULES, SOLVED_TARGETS, TRAINED_TARGETS, Op, Rule
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import MappingError
@@ -178,14 +178,14 @@ def _tasks(
     matched: MatchedCheckpoint,
     recipe: Recipe,
 ) -> Iterator[TensorTask]:
-    rules, fitted = _RuleBook(source), recipe.calibration is not None
+    rules, fitted = _RuleBook(source), _fitted_targets(recipe)
     weights = dict(matched.weights)
     if source.tie_word_embeddings:
         weights["head.weight"] = weights["embed.weight"]
     for entry in expected_entries(target):
         rule = rules.rule_for(entry)
         sources = tuple(weights[param] for param in rules.sources_of(rule, entry))
-        op = Op.FITTED if fitted and entry.template in FITTED_TARGETS else rule.op
+        op = Op.FITTED if entry.template in fitted else rule.op
         if op is Op.COPY and sources[0].quantization is not None:
             op = Op.DEQUANTIZE
         yield TensorTask(
@@ -195,6 +195,14 @@ def _tasks(
             sources=tuple(weight.name for weight in sources),
             layer_idx=entry.layer_idx,
         )
+
+
+def _fitted_targets(recipe: Recipe) -> frozenset[str]:
+    """Return which parameters come from the calibration."""
+    fitted = recipe.calibration
+    if fitted is None:
+        return frozenset()
+    return TRAINED_TARGETS if fitted.trains else SOLVED_TARGETS
 
 
 class _RuleBook:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
+from kimi_convert.checkpoints.disk import write_all
 from kimi_convert.errors import HubError, OutputError, ResourceError, UsageError
-from kimi_convert.hub import download_checkpoint, fetch_job
+from kimi_convert.hub import download_checkpoint, fetch_job, transfer
 from kimi_convert.hub.transfer import PIECE_BYTES
 from tests.hub_server.fixtures import *  # noqa: F403
 from tests.hub_server.http import HubServer, running
@@ -93,6 +95,9 @@ def test_cache_is_shared_with_huggingface_hub_both_ways(hub, repository, wanted)
     theirs = snapshot_download(NAME, allow_patterns=list(WANTED), endpoint=hub.url)
     assert str(ours.folder) == theirs
     assert hub.sent("resolve") == before
+    found = scan_cache_dir(constants.HF_HUB_CACHE)
+    assert found.warnings == []
+    assert [repo.repo_id for repo in found.repos] == [NAME]
 
 
 def test_cache_of_huggingface_hub_is_checked_and_used(hub, repository):
@@ -168,6 +173,32 @@ def test_too_little_space_ends_before_the_first_byte(hub, repository, tmp_path, 
     assert "1000 bytes" in caught.value.found
     assert not hub.asked("GET .*safetensors$")
     assert not (tmp_path / "out").exists()
+
+
+def test_disk_that_fills_up_keeps_the_part(hub, tmp_path, monkeypatch):
+    data = big_repository(hub, 4 << 20)
+    written = 0
+
+    def write(descriptor, piece):
+        nonlocal written
+        written += len(piece)
+        if written > 2_500_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(descriptor, piece)
+
+    monkeypatch.setattr(transfer, "write_all", write)
+    with pytest.raises(ResourceError, match="cannot write") as caught:
+        download_checkpoint("tester/big", local_dir=tmp_path / "out")
+    assert "No space left" in caught.value.found
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".cache"]
+    monkeypatch.undo()
+    hub.requests.clear()
+    for name, value in hub_environment(hub, tmp_path).items():  # noqa: F405
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    download_checkpoint("tester/big", local_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == data
+    assert hub.sent("model.safetensors") == len(data) - 2 * PIECE_BYTES
 
 
 def test_cut_stream_goes_on_where_it_was_cut(hub, tmp_path):

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from kimi_convert.checkpoints.manifest import content_files, hash_files
 from kimi_convert.config.recipe import Recipe
@@ -17,6 +19,7 @@ from kimi_convert.validation import ValidationOptions, validate_checkpoint
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.record import write_record
 from tests.hub_server.fixtures import *  # noqa: F403
+from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 NAME = "tester/hybrid"
@@ -238,12 +241,81 @@ def test_tag_of_something_else_is_refused_before_the_upload(hub, folder):
     assert not hub.asked("PUT ")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "status", "message"),
+    [
+        ("GET /api/whoami", 401, "does not accept the token"),
+        ("POST /api/repos/create", 403, "does not give the right"),
+        ("POST .*objects/batch", 403, "does not give the right"),
+        ("PUT /_lfs", 403, "does not give the right"),
+        ("POST .*/commit/", 412, "has changed since"),
+        ("POST .*/commit/", 500, "has a problem"),
+        ("POST .*/merge", 409, "a conflict"),
+    ],
+)
+def test_refusal_is_one_error_without_the_token(hub, folder, pattern, status, message):
+    headers = {"X-Error-Message": f"no, {TOKEN}"}  # noqa: F405
+    hub.fault(pattern, times=99, status=status, headers=headers)
+    done = run_here("publish", folder, NAME, "--json", "--verbose")
+    assert done.returncode == HubError.exit_code
+    assert message in json.loads(done.stdout)["error"]["message"]
+    assert TOKEN not in done.stdout + done.stderr  # noqa: F405
+    assert NAME not in hub.store.repositories or not hub.store.repositories[NAME].tree()
+
+
 def test_without_login_nothing_is_hashed(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     events = []
     with pytest.raises(HubError, match="nobody is logged in"):
         publish_checkpoint(folder, NAME, on_progress=events.append)
     assert events == []
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    (folder / "key.pem").write_bytes(
+        private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (folder / "key.pub").write_bytes(
+        private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return folder / "key.pem", folder / "key.pub"
+
+
+def signature_of(folder, key):
+    report = validate_checkpoint(
+        folder, public_key=key, options=ValidationOptions(checks=frozenset())
+    )
+    return report.passed, report.signed_files
+
+
+def test_signature_holds_for_what_is_downloaded(hub, folder, keys, tmp_path):
+    (folder / "notes.txt").write_text("mine", encoding="ascii")
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    signed = len(local(folder)) - len(["README.md", "model.sig", "notes.txt"])
+    for place in (tmp_path / "again", None):
+        result = download_checkpoint(NAME, local_dir=place)
+        assert signature_of(result.folder, keys[1]) == (True, signed)
+    assert signature_of(folder, keys[1]) == (True, signed)
+    again = publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    assert again.plan.is_done
+
+
+def test_changed_download_fails_the_signature(hub, folder, keys, tmp_path):
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    download_checkpoint(NAME, local_dir=tmp_path / "again")
+    (tmp_path / "again" / "generation_config.json").write_text("{}", encoding="ascii")
+    assert signature_of(tmp_path / "again", keys[1]) == (False, None)
+
+
+def test_signature_of_other_files_is_not_published(hub, folder, keys):
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    (folder / "LICENSE").write_text("terms", encoding="ascii")
+    with pytest.raises(VerificationError, match="signature is of other files"):
+        publish_checkpoint(folder, NAME, options=PublishOptions(force=True))
 
 
 @pytest.mark.parametrize(
