@@ -92,6 +92,14 @@ def test_main_never_shows_a_part(hub, folder):
     assert len(hub.store.repositories[NAME].tree()) == len(local(folder))
 
 
+def test_plan_is_told_before_anything_is_sent(hub, folder):
+    sent = []
+    publish_checkpoint(
+        folder, NAME, on_plan=lambda plan: sent.append((len(plan.upload), hub.asked("PUT ")))
+    )
+    assert sent == [(len(local(folder)), [])]
+
+
 def test_second_publication_sends_nothing(hub, folder):
     first = publish_checkpoint(folder, NAME)
     hub.requests.clear()
