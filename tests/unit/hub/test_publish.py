@@ -92,6 +92,14 @@ def test_main_never_shows_a_part(hub, folder):
     assert len(hub.store.repositories[NAME].tree()) == len(local(folder))
 
 
+def test_plan_is_told_before_anything_is_sent(hub, folder):
+    sent = []
+    publish_checkpoint(
+        folder, NAME, on_plan=lambda plan: sent.append((len(plan.upload), hub.asked("PUT ")))
+    )
+    assert sent == [(len(local(folder)), [])]
+
+
 def test_second_publication_sends_nothing(hub, folder):
     first = publish_checkpoint(folder, NAME)
     hub.requests.clear()
@@ -330,3 +338,15 @@ def test_signature_of_other_files_is_not_published(hub, folder, keys):
 def test_options_that_contradict_themselves_are_refused(options):
     with pytest.raises(UsageError):
         PublishOptions(**options)
+
+
+def test_pull_request_of_somebody_else_with_more_in_it_is_not_merged(hub, folder):
+    """The title and the contents are no secret: what else it changes counts."""
+    hub.fault("POST .*/merge", status=500)
+    with pytest.raises(HubError):
+        publish_checkpoint(folder, NAME)
+    repository = hub.store.repositories[NAME]
+    repository.seed({"modeling.py": b"evil"}, branch="refs/pr/1")
+    publish_checkpoint(folder, NAME)
+    assert shown(repository) == local(folder)
+    assert [pull.status for pull in repository.pulls] == ["open", "merged"]
