@@ -151,6 +151,12 @@ class Publication:
             HubError: it cannot be.
             VerificationError: what the repository lists is not what was sent.
         """
+        if not state.has_branch:
+            self._once(
+                lambda: self._api.create_branch(
+                    self._repository, branch=self._branch, revision=state.commit
+                )
+            )
         if plan.is_done:
             return Published(state.commit)
         if self._branch != DEFAULT_REVISION:
@@ -171,12 +177,6 @@ class Publication:
         self, folder: Path, plan: PublishPlan, state: State, on_progress: ProgressCallback
     ) -> Published:
         """Commit to a branch: all of it at once, and only if nobody has been there since."""
-        if not state.has_branch:
-            self._once(
-                lambda: self._api.create_branch(
-                    self._repository, branch=self._branch, revision=state.commit
-                )
-            )
         additions = self._upload(folder, plan, branch=self._branch, on_progress=on_progress)
         self._once(
             lambda: self._api.create_commit(

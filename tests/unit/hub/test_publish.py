@@ -162,6 +162,12 @@ def test_branch_leaves_main_alone(hub, folder):
     assert repository.tags["v2"] == result.commit
 
 
+def test_branch_is_made_where_its_contents_are_those_of_main(hub, folder):
+    publish_checkpoint(folder, NAME)
+    publish_checkpoint(folder, NAME, options=PublishOptions(branch="release"))
+    assert shown(hub.store.repositories[NAME], "release") == local(folder)
+
+
 def test_store_that_damages_a_file_keeps_main_as_it_was(hub, folder, monkeypatch):
     """The listing shows another hash: nothing is merged, the exit code is that of verification."""
     from tests.hub_server import api
