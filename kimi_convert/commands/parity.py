@@ -22,7 +22,7 @@ ArtifactsArg = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="ARTIFACT",
-        help="Folders written from it: other shards, another dtype.",
+        help="Folders written from it: other shards, another dtype, an ONNX graph.",
         show_default=False,
     ),
 ]
