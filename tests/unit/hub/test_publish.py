@@ -318,6 +318,18 @@ def test_signature_holds_for_what_is_downloaded(hub, folder, keys, tmp_path):
     assert again.plan.is_done
 
 
+def test_signature_is_asked_for_on_the_command_line(hub, folder, keys):
+    done = run_here("publish", folder, NAME, "--sign-key", keys[0], "--json")
+    assert done.returncode == 0, done.stderr
+    done = run_here("validate", folder, "--verify-signature", keys[1])
+    assert done.returncode == 0, done.stdout
+    assert "holds for" in done.stdout
+    (folder / "LICENSE").write_text("other terms", encoding="ascii")
+    done = run_here("validate", folder, "--verify-signature", keys[1])
+    assert done.returncode == 6
+    assert "signature does not hold" in done.stdout
+
+
 def test_changed_download_fails_the_signature(hub, folder, keys, tmp_path):
     publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
     download_checkpoint(NAME, local_dir=tmp_path / "again")
