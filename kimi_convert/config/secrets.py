@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|Bearer +[^\s\"',]+", re.IGNORECASE)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|Bearer +[^\s\"',]+", re.IGNORECASE)
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _BLOT = "[token]"
 

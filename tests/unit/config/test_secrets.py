@@ -6,8 +6,9 @@ from kimi_convert.config.secrets import without_secrets
 
 
 def test_what_looks_like_a_token_is_blotted_out():
-    text = without_secrets("hf_abcdefgh1234, authorization: Bearer xyz, hf_home")
-    assert text == "[token], authorization: [token], hf_home"
+    token = "hf_" + "Abc9" * 8
+    text = without_secrets(f"{token}, authorization: Bearer xyz, hf_hub_download, hf_download")
+    assert text == "[token], authorization: [token], hf_hub_download, hf_download"
 
 
 def test_json_stays_json():
