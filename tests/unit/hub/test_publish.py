@@ -18,6 +18,7 @@ from kimi_convert.hub import PublishOptions, download_checkpoint, publish_checkp
 from kimi_convert.validation import ValidationOptions, validate_checkpoint
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.record import write_record
+from tests.hub_server import Repository
 from tests.hub_server.fixtures import *  # noqa: F403
 from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
@@ -166,6 +167,24 @@ def test_branch_is_made_where_its_contents_are_those_of_main(hub, folder):
     publish_checkpoint(folder, NAME)
     publish_checkpoint(folder, NAME, options=PublishOptions(branch="release"))
     assert shown(hub.store.repositories[NAME], "release") == local(folder)
+
+
+def test_listing_that_lags_behind_the_merge_is_waited_for(hub, folder, monkeypatch):
+    merged = []
+
+    def lagging(repository, pull):
+        before = repository.head
+        merge(repository, pull)
+        merged.append(repository.head)
+        repository.branches["main"] = before
+
+    def catch_up(_):
+        hub.store.repositories[NAME].branches["main"] = merged[-1]
+
+    merge = Repository.merge
+    monkeypatch.setattr(Repository, "merge", lagging)
+    monkeypatch.setattr("kimi_convert.hub.publication.time.sleep", catch_up)
+    assert publish_checkpoint(folder, NAME).commit == merged[-1]
 
 
 def test_store_that_damages_a_file_keeps_main_as_it_was(hub, folder, monkeypatch):
