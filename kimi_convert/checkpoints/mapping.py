@@ -120,6 +120,15 @@ def expand(names: Iterable[Name], layout: Layout) -> tuple[Entry, ...]:
     return entries
 
 
+def count_kinds(
+    names: Iterable[Name], layout: Layout
+) -> Iterator[tuple[Name, tuple[int, ...], int]]:
+    """Give each row of a table with its shape and how many tensors it stands for."""
+    for row in names:
+        count = sum(1 for _ in _places(row.param, row.where, layout))
+        yield row, tuple(layout.axes[axis] for axis in row.shape), count
+
+
 def expand_drops(drops: Iterable[Drop], layout: Layout) -> dict[str, str]:
     """Return the reason for every name that may be dropped."""
     return {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_convert.checkpoints.dtypes import DTYPES
-from kimi_convert.checkpoints.index import CheckpointIndex, open_index
+from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
 from kimi_convert.checkpoints.mapping import Dropped, Entry, Storage
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
 from kimi_convert.checkpoints.weight_reader import decoding_bytes
@@ -149,7 +149,11 @@ def plan_conversion(
         MappingError: the rules do not fit the model, which is a fault of kimi-convert.
         RecipeError: the recipe does not fit the model.
     """
-    source, recipe = Path(source), recipe or default_recipe()
+    with collector_paused():
+        return _plan(Path(source), recipe or default_recipe(), max_shard_bytes)
+
+
+def _plan(source: Path, recipe: Recipe, max_shard_bytes: int) -> ConversionPlan:
     source_config = read_config(source)
     # Layers that a calibration will choose are planned where the released pattern has them.
     target = target_config(source_config, replace(recipe, choose_layers=False))
@@ -249,23 +253,32 @@ def _check_all_read(matched: MatchedCheckpoint, tasks: tuple[TensorTask, ...]) -
 
 
 def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
-    """Return the bytes of one task's tensors: mapped sources, fp32 copies, products, result."""
+    """Return the bytes of one task's tensors, at the worst of its moments.
+
+    Sources are read and widened one after the other; then a transform makes its result; then the
+    sources are let go, and the result is narrowed.
+    """
     sources = [weights[name] for name in task.sources]
-    decoding = max((decoding_bytes(weight) for weight in sources), default=0)
     if task.op in (Op.COPY, Op.DEQUANTIZE):
-        return decoding
-    sizes = [math.prod(weight.shape) for weight in sources]
-    # Plain sources are mapped, decoded ones are whole in memory.
-    stored = sum(
-        size * DTYPES[weight.dtype].width_bytes
-        for size, weight in zip(sizes, sources, strict=True)
-    )
-    if all(weight.quantization is None for weight in sources):
-        decoding = 0
+        return decoding_bytes(sources[0])
     made = math.prod(task.tensor.shape)
-    # The power of a folded matrix holds its scaled factors and two products of their size.
-    steps = 4 * max(sizes, default=0) + 2 * made
-    wide = (sum(sizes) + steps) * _FP32_BYTES
-    # The search for NaN and Inf takes a copy of the result and two masks.
-    result = made * (2 * DTYPES[task.tensor.dtype].width_bytes + 2)
-    return stored + wide + result + decoding
+    narrowing = made * (_FP32_BYTES + DTYPES[task.tensor.dtype].width_bytes)
+    if task.op is Op.FITTED:
+        return narrowing
+    sizes = [math.prod(weight.shape) for weight in sources]
+    wide = sum(sizes) * _FP32_BYTES
+    # Plain sources are mapped and stay; a quantised one is whole, decoded, until it is widened.
+    mapped = sum(weight.stored_bytes for weight in sources if weight.quantization is None)
+    reading = max((_decoded_bytes(weight) for weight in sources), default=0)
+    # The power of a folded matrix holds its rows, scaled, and two products of their size; where an
+    # output is scaled, the matrix itself is not folded. Random numbers are drawn, then scaled.
+    folded = sizes[1:] if task.op is Op.SCALE_OUTPUT else sizes
+    making = (4 * max(folded, default=made // 4) + made) * _FP32_BYTES
+    return max(mapped + wide + max(reading, making), mapped + narrowing)
+
+
+def _decoded_bytes(weight: Weight) -> int:
+    """Return what a weight takes while it is decoded as a whole; nothing if it is plain."""
+    if weight.quantization is None:
+        return 0
+    return decoding_bytes(weight) + math.prod(weight.shape) * DTYPES[weight.dtype].width_bytes

@@ -5,7 +5,7 @@ Layer sets, axis sizes, and the tensors that a checkpoint of that config must an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kimi_convert.checkpoints.dtypes import dtype_from_torch_name
@@ -15,6 +15,7 @@ from kimi_convert.checkpoints.mapping import (
     Entry,
     Layout,
     Name,
+    count_kinds,
     expand,
     expand_drops,
     match,
@@ -54,6 +55,12 @@ def expected_entries(config: ModelConfig) -> tuple[Entry, ...]:
     return tuple(
         sorted(entries, key=lambda e: rank[e.param] if e.layer_idx is None else e.layer_idx)
     )
+
+
+def tensor_kinds(config: ModelConfig) -> Iterator[tuple[Name, tuple[int, ...], int]]:
+    """Give each kind of tensor that a checkpoint must hold: its row, its shape and its number."""
+    names, _ = _TABLES[config.model_type]
+    return count_kinds(names, layout_of(config))
 
 
 @dataclass(frozen=True, slots=True)
