@@ -16,13 +16,16 @@ from kimi_convert.exporters.onnx.options import (
     MlaForm,
     MoeForm,
     OnnxOptions,
+    Precision,
+    Quantization,
     Target,
     WeightPlacement,
     require_onnx,
 )
 
 if TYPE_CHECKING:
-    from kimi_convert.exporters.onnx.export import OnnxExportResult
+    from kimi_convert.exporters.onnx.job import OnnxJobResult
+    from kimi_convert.exporters.onnx.text_comparison import TextComparison
 
 EXAMPLE = "kimi-convert export onnx ./hybrid ./hybrid-onnx --last-logits"
 
@@ -51,8 +54,23 @@ MoeOpt = Annotated[
     MoeForm | None,
     typer.Option(help="How routed experts run; by default the fastest.", show_default=False),
 ]
+PrecisionOpt = Annotated[
+    Precision, typer.Option(help="Of weights and activations; bf16 is of stored weights alone.")
+]
+QuantizeOpt = Annotated[
+    Quantization | None,
+    typer.Option(help="Store matrices as integers in blocks of 32.", show_default=False),
+]
 LastLogitsOpt = Annotated[
     bool, typer.Option("--last-logits", help="Give logits of the last position alone.")
+]
+TextOpt = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text to run through checkpoint and graph afterwards: .txt, or .jsonl.",
+        show_default=False,
+    ),
 ]
 
 
@@ -64,7 +82,10 @@ def onnx(
     weights: WeightsOpt = WeightPlacement.COPY,
     mla: MlaOpt = MlaForm.MATERIALISED,
     moe: MoeOpt = None,
+    precision: PrecisionOpt = Precision.FP32,
+    quantize: QuantizeOpt = None,
     last_logits: LastLogitsOpt = False,
+    text: TextOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -76,26 +97,46 @@ def onnx(
         weights=weights,
         mla=mla,
         moe=moe,
+        precision=precision,
+        quantize=quantize,
         last_logits=last_logits,
     )
     folder = options.output_folder(checkpoint, output_folder)
     require_onnx()
-    from kimi_convert.exporters.onnx.export import export_onnx
+    from kimi_convert.exporters.onnx.job import export_and_compare
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     with output.progress() as on_progress:
-        result = export_onnx(checkpoint, folder, options=options, on_progress=on_progress)
+        result = export_and_compare(
+            checkpoint, folder, options=options, text=text, on_progress=on_progress
+        )
     output.show(result, lambda: export_report(result))
 
 
-def export_report(result: OnnxExportResult) -> Report:
+def export_report(result: OnnxJobResult) -> Report:
     """Return what `export onnx` shows."""
-    options = result.options
+    export, comparison = result.export, result.comparison
+    options = export.options
     facts = (
         ("target", f"{options.target}, opset {options.opset}"),
-        ("nodes", str(result.nodes)),
-        ("functions", ", ".join(result.functions) or "none"),
-        *((name, bytes_text(nbytes)) for name, nbytes in result.files),
+        ("nodes", str(export.nodes)),
+        ("functions", ", ".join(export.functions) or "none"),
+        *((name, bytes_text(nbytes)) for name, nbytes in export.files),
         ("ONNX checker", "full check passed"),
     )
-    return (Facts(f"Exported to {result.output}", facts),)
+    exported = Facts(f"Exported to {export.output}", facts)
+    if comparison is None:
+        return (exported,)
+    return (exported, _comparison_facts(comparison))
+
+
+def _comparison_facts(comparison: TextComparison) -> Facts:
+    facts = (
+        ("tokens", str(comparison.tokens)),
+        ("loss of the checkpoint", f"{comparison.checkpoint_loss:.4f}"),
+        ("loss of the graph", f"{comparison.graph_loss:.4f}"),
+        ("increase", f"{comparison.loss_increase:+.4f}"),
+        ("logits differ by", f"{comparison.logits_error:.1e} of the largest"),
+        ("top-1 agreement", f"{comparison.top1_agreement:.1%}"),
+    )
+    return Facts(f"On {comparison.text}, nats per token", facts)

@@ -11,7 +11,7 @@ import typer
 from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Report, Section, Sentence, Table
-from kimi_convert.errors import VerificationError
+from kimi_convert.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.validation.parity.report import ImplementationResult, PairError, ParityReport
@@ -46,6 +46,23 @@ TextOpt = Annotated[
     ),
 ]
 TokensOpt = Annotated[int, typer.Option(help="Tokens of each of two sequences.")]
+ReportOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="DIR",
+        help="Write report.json, report.html and plots; new or empty.",
+        show_default=False,
+    ),
+]
+TeacherOpt = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="The checkpoint it was made from; a report with --text then has KL to it.",
+        show_default=False,
+    ),
+]
 NewTokensOpt = Annotated[
     int, typer.Option(help="Tokens of the greedy continuation; 0 leaves it out.")
 ]
@@ -58,6 +75,8 @@ def parity(
     text: TextOpt = None,
     tokens: TokensOpt = 128,
     new_tokens: NewTokensOpt = 64,
+    report: ReportOpt = None,
+    teacher: TeacherOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -66,16 +85,32 @@ def parity(
 
     A difference is named by the first layer and sub-module that it shows in.
     """
+    from kimi_convert.validation.page.make import compare_and_report
     from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
 
+    if teacher is not None and report is None:
+        raise UsageError("a teacher is for a report", expected="--report DIR", found="none")
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     options = ParityOptions(against=tuple(against or ()), tokens=tokens, new_tokens=new_tokens)
+    folders = (checkpoint, artifacts or ())
     with output.progress() as on_progress:
-        report = compare_implementations(
-            checkpoint, artifacts or (), text=text, options=options, on_progress=on_progress
-        )
-    output.show(report, lambda: parity_report(report))
-    if not report.passed:
+        if report is None:
+            found = compare_implementations(
+                *folders, text=text, options=options, on_progress=on_progress
+            )
+        else:
+            found = compare_and_report(
+                *folders,
+                folder=report,
+                text=text,
+                teacher=teacher,
+                options=options,
+                on_progress=on_progress,
+            )
+    output.show(found, lambda: parity_report(found))
+    if report is not None:
+        output.note(f"report written to {report / 'report.html'}")
+    if not found.passed:
         raise typer.Exit(VerificationError.exit_code)
 
 

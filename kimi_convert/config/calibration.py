@@ -82,7 +82,7 @@ class CalibrationRecipe:
     method: InitMethod = InitMethod.SEARCH
     tokens: int = 131_072  # in all
     sequence_length: int = 512
-    search_tokens: int = 20_480  # that the search of a mixer looks at
+    search_tokens: int = 10_240  # that the search of a mixer looks at
     validation_tokens: int = 8_192  # that fit nothing: they choose layers and are reported
     align: AlignRecipe = AlignRecipe()
     distill: DistillRecipe = DistillRecipe()

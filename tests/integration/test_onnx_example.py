@@ -69,3 +69,15 @@ def test_teacher_logits_and_states(tokens, tmp_path):
     logits, states = run_pieces(OnnxSession(tmp_path / "onnx", threads=1), tokens, (100, 92))
     assert error(logits, wanted) <= FP32_BOUND
     assert max(state_errors(model, cache, states).values()) <= FP32_BOUND
+
+
+def test_int4_is_a_third_of_fp16_and_costs_little(tmp_path):
+    sizes = {}
+    for options in (("--precision", "fp16"), ("--quantize", "int4", "--text", heldout_text())):
+        output = tmp_path / options[1]
+        done = run_here("export", "onnx", example_checkpoint(), output, "--json", *options)
+        document = json.loads(done.stdout)
+        assert done.returncode == 0, document
+        sizes[options[1]] = document["files"]["model.onnx.data"]
+    assert sizes["int4"] <= 0.35 * sizes["fp16"]
+    assert 0 < document["comparison"]["loss_increase"] < 0.05

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from kimi_convert.checkpoints.addition import add_files
@@ -21,20 +20,20 @@ from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
-from kimi_convert.errors import CheckpointError, OutputError, VerificationError
+from kimi_convert.errors import CheckpointError, OutputError
+from kimi_convert.exporters.onnx.copied_weights import DATA_FILE, CopiedWeights, PlannedBytes
 from kimi_convert.exporters.onnx.genai import GENAI_CONFIG_FILE, genai_config, genai_runs
 from kimi_convert.exporters.onnx.graph import build_model
-from kimi_convert.exporters.onnx.options import OnnxOptions, WeightPlacement
-from kimi_convert.exporters.onnx.weights import (
-    DATA_FILE,
-    CopiedWeights,
-    InplaceWeights,
-    PlannedBytes,
-)
+from kimi_convert.exporters.onnx.options import OnnxOptions, Precision, WeightPlacement
+from kimi_convert.exporters.onnx.quantization import BLOCK
+from kimi_convert.exporters.onnx.verification import check_file
+from kimi_convert.exporters.onnx.weights import InplaceWeights
 from kimi_convert.model.names.layout import match_checkpoint
 from kimi_convert.model.tokenizer import tokenizer_files
 
 MODEL_FILE = "model.onnx"
+
+_STORED = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +55,8 @@ class OnnxExportResult:
             "weights": self.options.weights.value,
             "mla": self.options.mla.value,
             "moe": self.options.moe_form.value,
+            "precision": self.options.precision.value,
+            "quantize": self.options.quantize.value if self.options.quantize else None,
             "last_logits": self.options.last_logits,
             "nodes": self.nodes,
             "functions": list(self.functions),
@@ -116,9 +117,27 @@ def _open(checkpoint: Path, options: OnnxOptions) -> _Job:
             found=config.quantization.get("quant_method", "quantization_config"),
             hint="Use a bf16 copy of this checkpoint.",
         )
+    if options.quantize is not None:
+        _check_blocks(checkpoint, config)
     index = open_index(checkpoint)
     matched = match_checkpoint(config, index.tensors.values(), where=checkpoint)
     return _Job(checkpoint, config, index, dict(matched.stored_names), options)
+
+
+def _check_blocks(checkpoint: Path, config: ModelConfig) -> None:
+    """Refuse sizes that blocks do not divide; only the embedding and the experts need it."""
+    sizes = {"hidden_size": config.hidden_size}
+    if config.moe is not None:
+        sizes["moe_intermediate_size"] = config.moe.intermediate_size
+    for name, size in sizes.items():
+        if size % BLOCK:
+            raise CheckpointError(
+                "this model cannot be quantised",
+                where=checkpoint,
+                expected=f"{name} to be a multiple of {BLOCK}",
+                found=size,
+                hint="Export without --quantize.",
+            )
 
 
 def _export_inplace(job: _Job, output: Path) -> OnnxExportResult:
@@ -166,7 +185,9 @@ def _refuse_links(index: CheckpointIndex) -> None:
 
 
 def _export_copy(job: _Job, output: Path, on_progress: ProgressCallback) -> OnnxExportResult:
-    store = CopiedWeights(job.index, job.stored_names, job.config, dtype="F32")
+    store = CopiedWeights(
+        job.index, job.stored_names, job.config, dtype=_STORED[job.options.precision]
+    )
     model = build_model(job.config, job.options, store)
     total, done = sum(part.source_bytes for part in store.planned), 0
 
@@ -194,20 +215,6 @@ def _export_copy(job: _Job, output: Path, on_progress: ProgressCallback) -> Onnx
 def serialized(model: ir.Model) -> bytes:
     """Return the bytes of model.onnx; weights are named there, not held."""
     return ir.to_proto(model).SerializeToString()
-
-
-def check_file(path: Path) -> None:
-    """Run the ONNX checker's full check on a file beside its weights.
-
-    Raises:
-        VerificationError: the checker refuses it.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationError(
-            "the ONNX checker refuses the graph", where=path, found=str(error)
-        ) from error
 
 
 def _result(

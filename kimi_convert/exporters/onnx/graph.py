@@ -19,7 +19,7 @@ from kimi_convert.exporters.onnx.functions import DOMAIN_VERSIONS, KdaOperators
 from kimi_convert.exporters.onnx.kda import kda_mixer
 from kimi_convert.exporters.onnx.mla import AttentionContext, attention_context, mla_mixer
 from kimi_convert.exporters.onnx.model_builder import BATCH, FLOAT, SEQUENCE, ModelBuilder
-from kimi_convert.exporters.onnx.options import OnnxOptions
+from kimi_convert.exporters.onnx.options import MatrixRole, OnnxOptions
 from kimi_convert.exporters.onnx.weights import WeightStore
 
 LOGITS = "logits"
@@ -63,16 +63,15 @@ def _decoder(m: ModelBuilder, operators: KdaOperators | None) -> ir.Value:
     """Return rows [N, D] after the last layer."""
     eps = m.config.rms_norm_eps
     rows = m.reshape(m.input_ids, -1)
-    embedded = m.op("Gather", m.stored("embed.weight"), rows, name="embedded")
-    hidden = embedded if m.stored("embed.weight").dtype is FLOAT else m.cast(embedded, FLOAT)
+    hidden = m.embedded(rows)
     present = _token_mask(m) if operators else None
     context = attention_context(m) if m.config.mla_layers else None
     for layer_idx in range(m.config.num_layers):
         prefix = f"layers.{layer_idx}."
         with m.scope(f"layers.{layer_idx}"):
-            x = m.rms_norm(hidden, m.weight(prefix + "input_norm.weight"), eps=eps)
+            x = m.rms_norm(hidden, prefix + "input_norm.weight", eps=eps)
             hidden = m.op("Add", hidden, _mix(m, operators, context, present, x, layer_idx))
-            x = m.rms_norm(hidden, m.weight(prefix + "mlp_norm.weight"), eps=eps)
+            x = m.rms_norm(hidden, prefix + "mlp_norm.weight", eps=eps)
             hidden = m.op("Add", hidden, feed_forward(m, x, layer_idx), name="hidden")
     return hidden
 
@@ -98,7 +97,7 @@ def _mix(
 def _token_mask(m: ModelBuilder) -> ir.Value:
     """Return [N, 1]: 1 for tokens, 0 for padding."""
     with m.scope("tokens"):
-        return m.reshape(m.cast(m.last_tokens(m.attention_mask), FLOAT), -1, 1)
+        return m.reshape(m.cast(m.last_tokens(m.attention_mask), m.dtype), -1, 1)
 
 
 def _logits(m: ModelBuilder, hidden: ir.Value) -> ir.Value:
@@ -108,9 +107,9 @@ def _logits(m: ModelBuilder, hidden: ir.Value) -> ir.Value:
         per_token = m.per_token(hidden, config.hidden_size)
         hidden = m.op("Gather", per_token, m.integer(-1), attributes={"axis": 1})
         sequence = 1
-    normed = m.rms_norm(hidden, m.weight("norm.weight"), eps=config.rms_norm_eps)
+    normed = m.rms_norm(hidden, "norm.weight", eps=config.rms_norm_eps)
     head = "embed.weight" if config.tie_word_embeddings else "head.weight"
-    rows = m.linear(normed, head, name="logits_of_rows")
+    rows = m.widen(m.linear(normed, head, role=MatrixRole.HEAD, name="logits_of_rows"))
     if m.options.last_logits:
         logits = m.op("Unsqueeze", rows, m.integers(1))
     else:

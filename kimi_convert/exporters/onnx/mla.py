@@ -23,7 +23,7 @@ from kimi_convert.exporters.onnx.model_builder import (
     past_name,
     present_name,
 )
-from kimi_convert.exporters.onnx.options import MlaForm
+from kimi_convert.exporters.onnx.options import MatrixRole, MlaForm
 
 KEY, VALUE, LATENT = "key", "value", "latent"
 
@@ -113,7 +113,7 @@ def _latents(
     """Return the normed latents [N, R], and the shared rope keys [B, 1, T, r] if there are any."""
     sizes = m.config.mla
     rank, rope_dim = sizes.kv_lora_rank, sizes.qk_rope_head_dim
-    compressed = m.linear(x, prefix + "kv_a.weight", name="kv_a")
+    compressed = m.linear(x, prefix + "kv_a.weight", role=MatrixRole.SENSITIVE, name="kv_a")
     norm = prefix + "kv_a_norm.weight"
     if not rope_dim:
         return _latent_norm(m, compressed, norm), None
@@ -125,7 +125,7 @@ def _latents(
 
 
 def _latent_norm(m: ModelBuilder, x: ir.Value, weight: str) -> ir.Value:
-    return m.rms_norm(x, m.weight(weight), eps=m.config.rms_norm_eps)
+    return m.rms_norm(x, weight, eps=m.config.rms_norm_eps)
 
 
 def _rotate(m: ModelBuilder, x: ir.Value, rotation: Rotation) -> ir.Value:
@@ -140,12 +140,13 @@ def _rotate(m: ModelBuilder, x: ir.Value, rotation: Rotation) -> ir.Value:
         m.op("Squeeze", part, m.integers(axis)) for part in m.split(pairs, (1, 1), axis=axis)
     )
     cos, sin = rotation
+    first, second = m.widen(first), m.widen(second)
     turned = (
         m.op("Sub", m.op("Mul", first, cos), m.op("Mul", second, sin)),
         m.op("Add", m.op("Mul", second, cos), m.op("Mul", first, sin)),
     )
     stacked = m.concat(*(m.op("Unsqueeze", y, m.integers(axis)) for y in turned), axis=axis)
-    return m.reshape(stacked, 0, 0, 0, 2 * half)
+    return m.narrow(m.reshape(stacked, 0, 0, 0, 2 * half))
 
 
 def _materialised(
@@ -158,7 +159,8 @@ def _materialised(
 ) -> ir.Value:
     """Attend to the keys and values of every head."""
     sizes = m.config.mla
-    expanded = m.linear(latent, f"layers.{layer_idx}.mla.kv_b.weight", name="kv_b")
+    kv_b = f"layers.{layer_idx}.mla.kv_b.weight"
+    expanded = m.linear(latent, kv_b, role=MatrixRole.SENSITIVE, name="kv_b")
     expanded = _heads(m, expanded, sizes, sizes.qk_nope_head_dim + sizes.v_head_dim)
     k, v = m.split(expanded, (sizes.qk_nope_head_dim, sizes.v_head_dim))  # [B, H, T, n | V]
     if rope_key is not None:
@@ -209,8 +211,9 @@ def kept_width(sizes: MlaConfig) -> int:
 def _weights(m: ModelBuilder, q: ir.Value, keys: ir.Value, bias: ir.Value) -> ir.Value:
     """Return softmax(scale q k^T + bias) [B, H, T, S]."""
     scale = np.float32(m.config.mla.softmax_scale).item()
-    scores = m.op("MatMul", m.op("Mul", q, m.number(scale)), m.transpose(keys, 0, 1, 3, 2))
-    return m.op("Softmax", m.op("Add", scores, bias), attributes={"axis": -1})
+    scaled = m.op("Mul", q, m.number(scale, m.dtype))
+    scores = m.widen(m.op("MatMul", scaled, m.transpose(keys, 0, 1, 3, 2)))
+    return m.narrow(m.op("Softmax", m.op("Add", scores, bias), attributes={"axis": -1}))
 
 
 def _append(m: ModelBuilder, rows: ir.Value, layer_idx: int, part: str, heads: int) -> ir.Value:
@@ -218,7 +221,7 @@ def _append(m: ModelBuilder, rows: ir.Value, layer_idx: int, part: str, heads: i
     sizes = m.config.mla
     latent_width = sizes.kv_lora_rank + sizes.qk_rope_head_dim
     width = latent_width if part == LATENT else kept_width(sizes)
-    past = m.state_input(past_name(layer_idx, part), (BATCH, heads, PAST, width))
+    past = m.state_input(past_name(layer_idx, part), (BATCH, heads, PAST, width), m.dtype)
     present = m.concat(past, rows, axis=2)
     name = present_name(layer_idx, part)
     m.keep_state(past, present, name, (BATCH, heads, TOTAL, width))

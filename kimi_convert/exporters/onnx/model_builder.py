@@ -14,10 +14,13 @@ import onnx_ir as ir
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.exporters.onnx.builder import END, GraphBuilder
-from kimi_convert.exporters.onnx.options import OnnxOptions
+from kimi_convert.exporters.onnx.functions import MICROSOFT
+from kimi_convert.exporters.onnx.options import MatrixRole, OnnxOptions, Precision
+from kimi_convert.exporters.onnx.quantization import BLOCK
 from kimi_convert.exporters.onnx.weights import WeightStore
 
 FLOAT = ir.DataType.FLOAT
+INT8_ACTIVATIONS = 4  # accuracy level of MatMulNBits: the only fast one for 8 bits
 _RMS_NORM_OPSET = 23  # the first with RMSNormalization
 
 BATCH, SEQUENCE, PAST, TOTAL = (
@@ -44,6 +47,8 @@ class ModelBuilder(GraphBuilder):
         super().__init__(opset=options.opset)
         self.config = config
         self.options = options
+        half = options.precision is Precision.FP16
+        self.dtype = ir.DataType.FLOAT16 if half else FLOAT  # of activations
         self.store = store
         self.states: list[StatePair] = []
         self.input_ids = _input("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
@@ -54,11 +59,14 @@ class ModelBuilder(GraphBuilder):
             self._batch_tokens = self.op("Shape", self.input_ids, name="batch_and_tokens")
 
     def weight(self, param: str) -> ir.Value:
-        """Return a parameter in fp32, whatever it is stored in."""
-        name = f"{param}.fp32"
-        if name not in self._weights:
-            self._weights[name] = self.as_float(self.stored(param))
-        return self._weights[name]
+        """Return a parameter in the dtype of activations, whatever it is stored in."""
+        return self._as(param, self.stored(param), self.dtype)
+
+    def wide_weight(self, param: str) -> ir.Value:
+        """Return a parameter in fp32, of which nothing was lost on the way."""
+        if param not in self._weights:
+            self._weights[param] = self.add_initializer(self.store.tensor(param, wide=True))
+        return self._as(param, self._weights[param], FLOAT)
 
     def stored(self, param: str) -> ir.Value:
         """Return a parameter as it is stored."""
@@ -66,18 +74,76 @@ class ModelBuilder(GraphBuilder):
             self._weights[param] = self.add_initializer(self.store.tensor(param))
         return self._weights[param]
 
-    def as_float(self, x: ir.Value) -> ir.Value:
-        """Return a value of known dtype in fp32."""
-        return x if x.dtype is FLOAT else self.cast(x, FLOAT)
+    def _as(self, param: str, stored: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if stored.dtype is dtype:
+            return stored
+        name = f"{param} as {dtype.name}"
+        if name not in self._weights:
+            self._weights[name] = self.cast(stored, dtype)
+        return self._weights[name]
 
-    def linear(self, x: ir.Value, param: str, *, name: str | None = None) -> ir.Value:
+    def widen(self, x: ir.Value) -> ir.Value:
+        """Return an activation in fp32."""
+        return x if self.dtype is FLOAT else self.cast(x, FLOAT)
+
+    def narrow(self, x: ir.Value) -> ir.Value:
+        """Return what was computed in fp32 in the dtype of activations."""
+        return x if self.dtype is FLOAT else self.cast(x, self.dtype)
+
+    def linear(
+        self,
+        x: ir.Value,
+        param: str,
+        *,
+        role: MatrixRole = MatrixRole.LARGE,
+        name: str | None = None,
+    ) -> ir.Value:
         """Return x [N, in] times the transpose of a weight [out, in]."""
-        return self.op("Gemm", x, self.weight(param), attributes={"transB": 1}, name=name)
+        bits = self.options.bits(role)
+        if bits is None:
+            weight = self.weight(param)
+            return self.op("Gemm", x, weight, attributes={"transB": 1}, name=name)
+        matrix = self.store.quantized(param, bits)
+        attributes = {
+            "N": matrix.rows,
+            "K": matrix.width,
+            "bits": bits,
+            "block_size": BLOCK,
+            "accuracy_level": INT8_ACTIVATIONS,
+        }
+        packed, scales = self.add_initializer(matrix.packed), self.add_initializer(matrix.scales)
+        return self.op(
+            *("MatMulNBits", x, packed, scales), attributes=attributes, domain=MICROSOFT, name=name
+        )
 
-    def rms_norm(
+    def embedded(self, ids: ir.Value) -> ir.Value:
+        """Return the embeddings of ids [N] as rows [N, D]."""
+        bits = self.options.bits(MatrixRole.EMBEDDING)
+        if bits is None:
+            stored = self.stored("embed.weight")
+            rows = self.op("Gather", stored, ids, name="embedded")
+            return rows if stored.dtype is self.dtype else self.cast(rows, self.dtype)
+        table = self.store.quantized_table("embed.weight", bits)
+        packed, scales = self.add_initializer(table.packed), self.add_initializer(table.scales)
+        return self.op(
+            *("GatherBlockQuantized", packed, ids, scales),
+            attributes={"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1},
+            domain=MICROSOFT,
+            name="embedded",
+        )
+
+    def rms_norm(self, x: ir.Value, param: str, *, eps: float) -> ir.Value:
+        """Return x / sqrt(mean x^2 + eps), rounded, times a weight, over the last axis."""
+        weight = self.weight(param)
+        if self.dtype is FLOAT:
+            return self.wide_norm(x, weight, eps=eps)
+        ones = self.constant(np.ones(1, dtype=np.float32), "ones")
+        return self.op("Mul", self.narrow(self.wide_norm(self.widen(x), ones, eps=eps)), weight)
+
+    def wide_norm(
         self, x: ir.Value, weight: ir.Value, *, eps: float, name: str = "normed"
     ) -> ir.Value:
-        """Return x / sqrt(mean x^2 + eps) times weight, over the last axis."""
+        """Return x / sqrt(mean x^2 + eps) times weight, over the last axis, all fp32."""
         if self.opset >= _RMS_NORM_OPSET:
             attributes = {"axis": -1, "epsilon": eps}
             return self.op("RMSNormalization", x, weight, attributes=attributes, name=name)
@@ -88,10 +154,10 @@ class ModelBuilder(GraphBuilder):
         return self.op("Mul", self.op("Div", x, root), weight, name=name)
 
     def unit_norm(self, x: ir.Value, *, width: int, eps: float, name: str) -> ir.Value:
-        """Return x / sqrt(sum x^2 + eps) over the last axis, which has `width` elements."""
+        """Return x / sqrt(sum x^2 + eps) over the last axis, which has `width` elements, in fp32."""
         factor = np.full(width, width**-0.5, dtype=np.float32)
         weight = self.constant(factor, f"unit_norm.{width}")
-        return self.rms_norm(x, weight, eps=eps / width, name=name)
+        return self.wide_norm(x, weight, eps=eps / width, name=name)
 
     def per_token(self, x: ir.Value, width: int) -> ir.Value:
         """Return rows [N, width] as [B, T, width]."""

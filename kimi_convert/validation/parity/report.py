@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from kimi_convert.validation.parity.compare import Comparison
+from kimi_convert.validation.parity.spectrum import DecaySpectrum
 from kimi_convert.validation.report import Environment, plain
 
 FORMAT = 1
@@ -82,6 +83,7 @@ class ParityReport:
     implementations: tuple[ImplementationResult, ...]
     pairs: tuple[PairError, ...]
     absent: tuple[Absent, ...]
+    decay: tuple[DecaySpectrum, ...]  # of the reference
     environment: Environment
 
     @property

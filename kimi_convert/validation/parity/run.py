@@ -36,6 +36,7 @@ from kimi_convert.validation.parity.runners import (
     Runner,
     artifact_runner,
 )
+from kimi_convert.validation.parity.spectrum import decay_spectra
 from kimi_convert.validation.parity.torch_model import (
     TorchRun,
     continue_greedily,
@@ -130,6 +131,7 @@ def compare_implementations(
         implementations=tuple(results),
         pairs=tuple(compare_pairs([references.row(), *rows], config)),
         absent=tuple(absent),
+        decay=decay_spectra(references.trace(SERVED)),
         environment=this_environment(),
     )
 

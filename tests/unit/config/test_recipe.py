@@ -34,7 +34,7 @@ DEFAULTS = {
     "calibration": {
         "tokens": 131072,
         "sequence_length": 512,
-        "search_tokens": 20480,
+        "search_tokens": 10240,
         "validation_tokens": 8192,
     },
     "align": {"steps": 0, "tokens_per_step": 2048, "learning_rate": 2e-3},
