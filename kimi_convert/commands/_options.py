@@ -34,11 +34,21 @@ class BackendName(StrEnum):
 SourceArg = Annotated[
     Path,
     typer.Argument(
-        metavar="SOURCE", help="Folder of the MLA checkpoint to convert.", show_default=False
+        metavar="SOURCE",
+        help="The MLA checkpoint to convert: a folder, or org/name[@revision] on the Hub.",
+        show_default=False,
     ),
 ]
 CheckpointArg = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint.", show_default=False)
+]
+NamedCheckpointArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A folder, or org/name[@revision] on the Hub.",
+        show_default=False,
+    ),
 ]
 OutputArg = Annotated[
     Path,

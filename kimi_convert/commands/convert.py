@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,8 +30,9 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
-from kimi_convert.commands.plan import plan_report, runtimes_table
-from kimi_convert.errors import ResourceError, UsageError, VerificationError
+from kimi_convert.commands._source import open_streamed, open_whole
+from kimi_convert.commands.plan import plan_report, plan_source, runtimes_table
+from kimi_convert.errors import HubError, ResourceError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
@@ -67,6 +69,13 @@ DistillOpt = Annotated[
 NoTextOpt = Annotated[
     bool, typer.Option("--no-text", help="Fit nothing: a start for training, made in seconds.")
 ]
+DiscardOpt = Annotated[
+    bool,
+    typer.Option(
+        "--discard-source-shards",
+        help="Fetch each file of a source on the Hub when it is read, and remove it after.",
+    ),
+]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
 
 
@@ -84,6 +93,7 @@ def convert(
     jobs: JobsOpt = 1,
     engine: EngineOpt = EngineName.LOCAL,
     resume: ResumeOpt = False,
+    discard: DiscardOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -95,27 +105,33 @@ def convert(
     interrupted run has finished is kept for --resume.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.conversion import convert_checkpoint, plan_conversion
+    from kimi_convert.conversion import convert_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
     limit = parse_byte_size(max_shard_size)
     if dry_run:
-        plan = plan_conversion(source, chosen, max_shard_bytes=limit)
+        plan = plan_source(source, chosen, limit=limit)
         output.show(plan, lambda: plan_report(plan))
         return
-    if chosen.calibration is not None:
-        output.note(_cost_text(source, chosen, device))
-    with _resumable(output_folder, output), output.progress() as on_progress:
+    runner = _runner(jobs, engine)
+    how = partial(open_streamed, output=output_folder) if discard else open_whole
+    with (
+        _resumable(output_folder, output),
+        output.progress() as on_progress,
+        how(source, chosen, limit=limit, runner=runner, on_progress=on_progress) as opened,
+    ):
+        if chosen.calibration is not None:
+            output.note(_cost_text(opened.folder, chosen, device))
         result = convert_checkpoint(
-            source,
+            opened.folder,
             output_folder,
             recipe=chosen,
             text=calibration,
             device=device,
             max_shard_bytes=limit,
             resume=resume,
-            runner=_runner(jobs, engine),
+            runner=opened.runner,
             on_progress=on_progress,
         )
     output.show(result, lambda: conversion_report(result))
@@ -182,7 +198,7 @@ def _resumable(folder: Path, output: Output) -> Generator[None]:
 
     try:
         yield
-    except (KeyboardInterrupt, ResourceError, VerificationError):
+    except (KeyboardInterrupt, HubError, ResourceError, VerificationError):
         work, partial = work_folder(folder), folder / PARTIAL_FOLDER
         if work.is_dir():
             output.note(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from kimi_convert.commands._numbers import bytes_text, count_text, layers_text, seconds_text
-from kimi_convert.commands._options import CheckpointArg, JsonOpt, QuietOpt, VerboseOpt
+from kimi_convert.commands._options import JsonOpt, NamedCheckpointArg, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 
 if TYPE_CHECKING:
     from kimi_convert.config.architecture import MlaConfig, ModelConfig
     from kimi_convert.config.descendants import Descendant
+    from kimi_convert.hub.sources import Source
     from kimi_convert.model.summary import CheckpointSummary
 
 EXAMPLE = "kimi-convert inspect ./Moonlight-16B-A3B"
@@ -26,29 +27,43 @@ _SHOWN_SHARDS = 10
 
 
 def inspect(
-    checkpoint: CheckpointArg,
+    checkpoint: NamedCheckpointArg,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
     """Show a checkpoint's architecture, layers, sizes and problems; exit 3 if it has problems.
 
-    Only config.json, the index and the headers of the files are read.
+    Only config.json, the index and the headers of the files are read, on the Hub too.
     """
-    from kimi_convert.config.descendants import recognise_descendant
-    from kimi_convert.config.huggingface import CONFIG_FILE, read_json_object
-    from kimi_convert.model.summary import summarize_checkpoint
+    from kimi_convert.hub.sources import open_headers
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    config_path = checkpoint / CONFIG_FILE
-    if config_path.is_file():
-        descendant = recognise_descendant(read_json_object(config_path))
+    with open_headers(checkpoint) as source:
+        descendant = _descendant(source.folder)
         if descendant is not None:
-            output.show(descendant, lambda: descendant_report(descendant, checkpoint))
+            output.show(descendant, lambda: descendant_report(descendant, source.name))
             return
-    summary = _Inspected(summarize_checkpoint(checkpoint))
-    output.show(summary, lambda: checkpoint_report(summary.checkpoint))
-    _exit_on_problems(summary.checkpoint)
+        summary = _summary(source)
+    output.show(_Inspected(summary), lambda: checkpoint_report(summary))
+    if summary.problems:
+        raise typer.Exit(summary.problems[0].exit_code)
+
+
+def _summary(source: Source) -> CheckpointSummary:
+    from kimi_convert.model.summary import summarize_checkpoint
+
+    summary = summarize_checkpoint(source.folder)
+    problems = tuple(source.named(problem) for problem in summary.problems)
+    return replace(summary, folder=source.name, problems=problems)
+
+
+def _descendant(folder: Path) -> Descendant | None:
+    from kimi_convert.config.descendants import recognise_descendant
+    from kimi_convert.config.huggingface import CONFIG_FILE, read_json_object
+
+    path = folder / CONFIG_FILE
+    return recognise_descendant(read_json_object(path)) if path.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +83,6 @@ class _Inspected:
             "cache": cache_size(self.checkpoint.config).to_json(),
             "conversion": outlook.to_json() if isinstance(outlook, Outlook) else None,
         }
-
-
-def _exit_on_problems(summary: CheckpointSummary) -> None:
-    if summary.problems:
-        raise typer.Exit(summary.problems[0].exit_code)
 
 
 def descendant_report(found: Descendant, checkpoint: Path) -> Report:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_convert.commands._numbers import bytes_text, files_text, layers_text
@@ -19,6 +21,7 @@ from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Sentence, Table
 
 if TYPE_CHECKING:
+    from kimi_convert.config.recipe import Recipe
     from kimi_convert.conversion import ConversionPlan
     from kimi_convert.conversion.plan import TensorTask
 
@@ -40,13 +43,20 @@ def plan(
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
     from kimi_convert.config.recipe import load_recipe
-    from kimi_convert.conversion import plan_conversion
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    made = plan_conversion(
-        source, load_recipe(recipe), max_shard_bytes=parse_byte_size(max_shard_size)
-    )
+    made = plan_source(source, load_recipe(recipe), limit=parse_byte_size(max_shard_size))
     output.show(made, lambda: plan_report(made))
+
+
+def plan_source(source: Path, recipe: Recipe, *, limit: int) -> ConversionPlan:
+    """Return the plan for a folder, or for a repository of which headers alone are read."""
+    from kimi_convert.conversion import plan_conversion
+    from kimi_convert.hub.sources import open_headers
+
+    with open_headers(source) as opened:
+        made = plan_conversion(opened.folder, recipe, max_shard_bytes=limit)
+    return replace(made, index=replace(made.index, folder=opened.name))
 
 
 def plan_report(plan: ConversionPlan) -> Report:

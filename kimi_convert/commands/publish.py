@@ -37,6 +37,15 @@ TagOpt = Annotated[
     str | None,
     typer.Option("--tag", metavar="NAME", help="Tag what was published.", show_default=False),
 ]
+SignKeyOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key",
+        metavar="FILE",
+        help="Private key (PEM, elliptic curve) to sign the files with.",
+        show_default=False,
+    ),
+]
 ForceOpt = Annotated[bool, typer.Option("--force", help="Also publish what no validation covers.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Show what would be published.")]
 
@@ -48,6 +57,7 @@ def publish(
     branch: BranchOpt = "main",
     pull_request: PullRequestOpt = False,
     tag: TagOpt = None,
+    sign_key: SignKeyOpt = None,
     force: ForceOpt = False,
     dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
@@ -62,7 +72,12 @@ def publish(
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     options = PublishOptions(
-        private=private, branch=branch, pull_request=pull_request, tag=tag, force=force
+        private=private,
+        branch=branch,
+        pull_request=pull_request,
+        tag=tag,
+        force=force,
+        sign_key=sign_key,
     )
     with output.progress() as on_progress:
         result = publish_checkpoint(

@@ -10,18 +10,18 @@ import typer
 from kimi_convert.commands._numbers import bytes_text, files_text
 from kimi_convert.commands._options import (
     BackendOpt,
-    CheckpointArg,
     DeviceOpt,
     Dtype,
     JsonOpt,
     ModelDtypeOpt,
+    NamedCheckpointArg,
     QuietOpt,
     VerboseOpt,
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 from kimi_convert.commands._scores import models_table, scores_table, worth
-from kimi_convert.errors import VerificationError
+from kimi_convert.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.validation.report import (
@@ -35,7 +35,11 @@ EXAMPLE = "kimi-convert validate ./hybrid --teacher ./Moonlight-16B-A3B --text h
 
 TeacherOpt = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="The checkpoint it was made from.", show_default=False),
+    typer.Option(
+        metavar="SOURCE",
+        help="The checkpoint it was made from: folder or name.",
+        show_default=False,
+    ),
 ]
 TextOpt = Annotated[
     Path | None,
@@ -50,13 +54,22 @@ MaxTokensOpt = Annotated[int, typer.Option(help="The most tokens to measure on."
 MaxTokensPerKindOpt = Annotated[
     int, typer.Option(help="The same for each kind of text, so that one kind does not take all.")
 ]
+VerifySignatureOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--verify-signature",
+        metavar="FILE",
+        help="Public key (PEM) that the folder must be signed with.",
+        show_default=False,
+    ),
+]
 RecordOpt = Annotated[
     bool, typer.Option("--record", help="Write what was found into the folder, for `publish`.")
 ]
 
 
 def validate(
-    checkpoint: CheckpointArg,
+    checkpoint: NamedCheckpointArg,
     teacher: TeacherOpt = None,
     text: TextOpt = None,
     sequence_length: SequenceLengthOpt = 512,
@@ -65,6 +78,7 @@ def validate(
     dtype: ModelDtypeOpt = Dtype.FLOAT32,
     device: DeviceOpt = "cpu",
     backend: BackendOpt = None,
+    verify_signature: VerifySignatureOpt = None,
     record: RecordOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -74,6 +88,7 @@ def validate(
 
     Measured numbers (loss, KL) never make a checkpoint fail; damage and contradictions do.
     """
+    from kimi_convert.hub.sources import fetch_source
     from kimi_convert.validation import ValidationOptions, validate_checkpoint
     from kimi_convert.validation.record import write_record
 
@@ -86,15 +101,31 @@ def validate(
         device=device,
         backend=None if backend is None else backend.value,
     )
+    _check_recordable(checkpoint, record)
     with output.progress() as on_progress:
         report = validate_checkpoint(
-            checkpoint, teacher=teacher, text=text, options=options, on_progress=on_progress
+            fetch_source(checkpoint, on_progress=on_progress),
+            teacher=teacher and fetch_source(teacher, on_progress=on_progress),
+            text=text,
+            public_key=verify_signature,
+            options=options,
+            on_progress=on_progress,
         )
         if record:
             write_record(report, checkpoint, on_progress=on_progress)
     output.show(report, lambda: validation_report(report))
     if not report.passed:
         raise typer.Exit(VerificationError.exit_code)
+
+
+def _check_recordable(checkpoint: Path, record: bool) -> None:
+    from kimi_convert.hub import reference_of
+
+    if record and reference_of(checkpoint) is not None:
+        raise UsageError(
+            "--record writes into the folder, and the Hub's cache is shared with others",
+            hint="Download it with --local-dir first.",
+        )
 
 
 def validation_report(report: ValidationReport) -> Report:
@@ -121,6 +152,11 @@ def _integrity(report: ValidationReport) -> Facts:
     if found.hashes_from:
         recorded = ", ".join(found.hashes_from)
         hashes = f"{files_text(found.files_hashed)}, {found.tensors_hashed} tensors as {recorded} records"
+    signed = (
+        ()
+        if report.signed_files is None
+        else (("signature", f"holds for {files_text(report.signed_files)}"),)
+    )
     return Facts(
         f"Integrity of {report.checkpoint}",
         (
@@ -128,6 +164,7 @@ def _integrity(report: ValidationReport) -> Facts:
             ("searched for NaN and Inf", str(found.values_scanned)),
             ("hashes", hashes),
             ("left out", str(len(found.left_out))),
+            *signed,
         ),
     )
 

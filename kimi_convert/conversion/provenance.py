@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kimi_convert import __version__
 from kimi_convert.checkpoints.hashing import sha256_of_file
+from kimi_convert.checkpoints.origin import declared_license, read_origin
 from kimi_convert.checkpoints.writer import WrittenFile
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.conversion.plan import ConversionPlan
@@ -74,8 +75,12 @@ def provenance(
 
 def _source(plan: ConversionPlan) -> dict[str, object]:
     index = plan.index
+    origin, terms = read_origin(index.folder), declared_license(index.folder)
+    name = origin.repository.rpartition("/")[2] if origin else index.folder.resolve().name
     return {
-        "name": index.folder.resolve().name,
+        "name": name,
+        **({"repository": origin.repository, "commit": origin.commit} if origin else {}),
+        **({"license": terms} if terms else {}),
         "model_type": plan.source_config.model_type,
         "config_sha256": sha256_of_file(index.folder / CONFIG_FILE),
         "tensors": len(index.tensors),

@@ -26,7 +26,8 @@ _TAGS = ("kimi-linear", "kimi-delta-attention", "linear-attention", "kimi-conver
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 # CommonMark takes a backslash before any ASCII punctuation; these need none.
-_PLAIN = frozenset(string.ascii_letters + string.digits + " ,.:;/-+=%()'")
+_PLAIN = frozenset(string.ascii_letters + string.digits + " ,.;/-+=%()'")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _MAX_CELL = 200
 
 Fields = Mapping[str, object]
@@ -94,7 +95,13 @@ def escaped(value: object) -> str:
     text = str(value)
     shown = "".join(char if char.isprintable() else " " for char in text[:_MAX_CELL])
     more = "..." if len(text) > _MAX_CELL else ""
-    return "".join(c if c in _PLAIN or not c.isascii() else f"\\{c}" for c in shown) + more
+    return "".join(map(_escaped_character, shown)) + more
+
+
+def _escaped_character(char: str) -> str:
+    if char in _PLAIN or not char.isascii():
+        return char
+    return _ENTITIES.get(char, f"\\{char}")
 
 
 def _metadata(facts: CardFacts) -> Iterator[str]:

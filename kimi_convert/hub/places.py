@@ -20,11 +20,9 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from kimi_convert.checkpoints.disk import disk_errors
+from kimi_convert.checkpoints.origin import ORIGIN_FILE
 from kimi_convert.hub.reference import is_commit
 from kimi_convert.hub.remote import RemoteFile, Snapshot
-
-# Which repository and commit a folder was downloaded from.
-ORIGIN_FILE = ".cache/huggingface/kimi-convert/origin.json"
 
 _LOCK_POLL_S = 0.05
 
@@ -172,15 +170,10 @@ class FolderPlace(Place):
 
     def note_origin(self, snapshot: Snapshot) -> None:
         """Write repository and commit beside the marks."""
-        origin = {
-            "repository": snapshot.reference.repository,
-            "revision": snapshot.reference.revision,
-            "commit": snapshot.commit,
-        }
         path = self.folder / ORIGIN_FILE
         with disk_errors(path, doing="write to the download folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(origin, indent=2) + "\n")
+            _write(path, origin_text(snapshot))
 
     def finished_files(self) -> dict[str, RemoteFile]:
         """Return the files that downloads have left here and nobody has changed since."""
@@ -204,6 +197,16 @@ class FolderPlace(Place):
         name = self._state / "verified" / file.path
         theirs = self._state.parent / "download" / f"{file.path}.metadata"
         return theirs.exists() or any(name.parent.glob(f"{_escaped(name.name)}.*"))
+
+
+def origin_text(snapshot: Snapshot) -> str:
+    """Return the text of a folder's file that says where it came from."""
+    origin = {
+        "repository": snapshot.reference.repository,
+        "revision": snapshot.reference.revision,
+        "commit": snapshot.commit,
+    }
+    return json.dumps(origin, indent=2) + "\n"
 
 
 def file_of(path: str, nbytes: int, etag: str) -> RemoteFile:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kimi_convert.checkpoints.disk import disk_errors
 from kimi_convert.checkpoints.manifest import (
+    ABOUT_FILES,
     CARD_FILE,
     RECORD_FILE,
     SIGNATURE_FILE,
@@ -25,6 +26,7 @@ from kimi_convert.checkpoints.manifest import (
     hash_files,
     sums_text,
 )
+from kimi_convert.checkpoints.signing import is_of, sign_folder
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import OutputError, UsageError, VerificationError
@@ -45,6 +47,7 @@ class PublishOptions:
     pull_request: bool = False  # leave it open for somebody to review
     tag: str | None = None
     force: bool = False  # also what no validation covers
+    sign_key: Path | None = None  # PEM of the private key to sign with
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -112,7 +115,8 @@ def publish_checkpoint(
 ) -> PublishResult:
     """Put a checkpoint folder on the Hub: whole, checked there, and only then to be seen.
 
-    The folder gets a card, README.md, unless it has one of its own, and SHA256SUMS.
+    The folder gets a card, README.md, unless it has one of its own, SHA256SUMS, and a signature if
+    there is a key.
 
     Args:
         folder: a checkpoint; what lies in it beside one stays here.
@@ -146,10 +150,14 @@ def publish_checkpoint(
         )
     content = hash_files(folder, names, on_progress=on_progress)
     record = _record(folder, content, force=options.force)
-    texts = _texts(folder, reference, content, record)
+    signed = options.sign_key is not None or (folder / SIGNATURE_FILE).exists()
+    texts = _texts(folder, reference, content, record, is_signed=signed)
     if not dry_run:
         for name, text in texts.items():
             _write(folder / name, text)
+        if options.sign_key is not None:
+            sign_folder(folder, options.sign_key, leave_out=_strangers(folder, content))
+    _check_signature(folder, content, options.sign_key)
     hashed = {**content, **_about(folder, texts, record)}
     plan = plan_publication(folder, hashed, state.files if state else {}, texts=texts)
     result = PublishResult(
@@ -207,7 +215,12 @@ def _record(folder: Path, content: dict[str, HashedFile], *, force: bool) -> Rec
 
 
 def _texts(
-    folder: Path, reference: Reference, content: dict[str, HashedFile], record: Record | None
+    folder: Path,
+    reference: Reference,
+    content: dict[str, HashedFile],
+    record: Record | None,
+    *,
+    is_signed: bool,
 ) -> dict[str, str]:
     """Return the files that a publication adds to the folder: hashes, and a card."""
     texts = {SUMS_FILE: sums_text(content)}
@@ -216,7 +229,7 @@ def _texts(
             reference.repository,
             read_conversion(folder),
             None if record is None else record.report,
-            is_signed=(folder / SIGNATURE_FILE).exists(),
+            is_signed=is_signed,
         )
         texts[CARD_FILE] = card_text(facts)
     return texts
@@ -228,6 +241,28 @@ def _about(folder: Path, texts: dict[str, str], record: Record | None) -> dict[s
     wanted = [CARD_FILE, SIGNATURE_FILE, *([RECORD_FILE] if record is not None else [])]
     there = [name for name in wanted if name not in made and (folder / name).exists()]
     return {**made, **hash_files(folder, there)}
+
+
+def _strangers(folder: Path, content: dict[str, HashedFile]) -> list[str]:
+    """Return what lies in the folder and is not published."""
+    return [
+        p.name for p in folder.iterdir() if p.name not in content and p.name not in ABOUT_FILES
+    ]
+
+
+def _check_signature(folder: Path, content: dict[str, HashedFile], key: Path | None) -> None:
+    """Refuse a signature of other files than these, which would help nobody.
+
+    Raises:
+        VerificationError: the folder has one.
+    """
+    path = folder / SIGNATURE_FILE
+    if key is None and path.exists() and not is_of(path, content.values()):
+        raise VerificationError(
+            "signature is of other files",
+            where=path,
+            hint="Sign anew with --sign-key, or remove it.",
+        )
 
 
 def _may_write_card(path: Path) -> bool:

@@ -173,6 +173,7 @@ class ValidationReport:
     not_run: tuple[NotRun, ...]
     options: ValidationOptions
     environment: Environment
+    signed_files: int | None = None  # covered by a signature that holds; None if none was asked
 
     @property
     def passed(self) -> bool:

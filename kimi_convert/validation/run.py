@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_convert.checkpoints.signing import check_signature
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
@@ -43,6 +44,7 @@ def validate_checkpoint(
     *,
     teacher: str | Path | None = None,
     text: str | Path | None = None,
+    public_key: str | Path | None = None,
     options: ValidationOptions = _DEFAULTS,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ValidationReport:
@@ -55,11 +57,12 @@ def validate_checkpoint(
         checkpoint: a folder of any supported architecture.
         teacher: the checkpoint that it was converted from, to compare with.
         text: a `.jsonl` or `.txt` file to measure on; without it, random tokens are run.
+        public_key: the key that the folder must be signed with; None where that is not asked.
         options: which checks, on how much text, in which arithmetic.
         on_progress: told how far each part is.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: there is no such device here, or the key cannot be used.
         KernelInputError: the backend cannot run there.
         ConfigError: a config.json is missing or not valid.
         CheckpointError: a folder is not a readable checkpoint, or teacher and checkpoint cannot
@@ -78,6 +81,7 @@ def validate_checkpoint(
     integrity, found = check_integrity(
         checkpoint, config, checks=options.checks, on_progress=on_progress
     )
+    signed_files, forged = _signature(checkpoint, public_key)
     not_run = _not_run(options, sample, found, converted=converted_layers(config, guide))
     skipped = {one.check for one in not_run}
     job = _Job(checkpoint, teacher, config, options, on_progress)
@@ -93,10 +97,11 @@ def validate_checkpoint(
         consistency=consistency,
         quality=quality,
         text=sample.facts if sample else None,
-        findings=(*found, *inconsistent, *unmeasured),
+        findings=(*found, *forged, *inconsistent, *unmeasured),
         not_run=not_run,
         options=options,
         environment=this_environment(),
+        signed_files=signed_files,
     )
 
 
@@ -115,6 +120,27 @@ def _check_place(options: ValidationOptions) -> None:
     """Refuse a device that is not there, and a backend that cannot run on it."""
     device = usable_device(options.device)
     resolve_backend(options.backend, where="validate", device=device, dtype=options.torch_dtype)
+
+
+def _signature(
+    checkpoint: Path, public_key: str | Path | None
+) -> tuple[int | None, tuple[Finding, ...]]:
+    """Return how many files are signed, if that is asked, or what is wrong with it."""
+    if public_key is None:
+        return None, ()
+    try:
+        return check_signature(checkpoint, Path(public_key)), ()
+    except VerificationError as error:
+        return None, (
+            Finding(
+                Severity.ERROR,
+                "signature",
+                error.where,
+                error.message,
+                error.expected,
+                error.found,
+            ),
+        )
 
 
 def _sample(

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from kimi_convert.checkpoints.manifest import content_files, hash_files
 from kimi_convert.config.recipe import Recipe
@@ -244,6 +246,53 @@ def test_without_login_nothing_is_hashed(hub, folder, monkeypatch):
     with pytest.raises(HubError, match="nobody is logged in"):
         publish_checkpoint(folder, NAME, on_progress=events.append)
     assert events == []
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = serialization.Encoding.PEM
+    (folder / "key.pem").write_bytes(
+        private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (folder / "key.pub").write_bytes(
+        private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return folder / "key.pem", folder / "key.pub"
+
+
+def signature_of(folder, key):
+    report = validate_checkpoint(
+        folder, public_key=key, options=ValidationOptions(checks=frozenset())
+    )
+    return report.passed, report.signed_files
+
+
+def test_signature_holds_for_what_is_downloaded(hub, folder, keys, tmp_path):
+    (folder / "notes.txt").write_text("mine", encoding="ascii")
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    signed = len(local(folder)) - len(["README.md", "model.sig", "notes.txt"])
+    for place in (tmp_path / "again", None):
+        result = download_checkpoint(NAME, local_dir=place)
+        assert signature_of(result.folder, keys[1]) == (True, signed)
+    assert signature_of(folder, keys[1]) == (True, signed)
+    again = publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    assert again.plan.is_done
+
+
+def test_changed_download_fails_the_signature(hub, folder, keys, tmp_path):
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    download_checkpoint(NAME, local_dir=tmp_path / "again")
+    (tmp_path / "again" / "generation_config.json").write_text("{}", encoding="ascii")
+    assert signature_of(tmp_path / "again", keys[1]) == (False, None)
+
+
+def test_signature_of_other_files_is_not_published(hub, folder, keys):
+    publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
+    (folder / "LICENSE").write_text("terms", encoding="ascii")
+    with pytest.raises(VerificationError, match="signature is of other files"):
+        publish_checkpoint(folder, NAME, options=PublishOptions(force=True))
 
 
 @pytest.mark.parametrize(
