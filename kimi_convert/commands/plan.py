@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from kimi_convert.commands._numbers import bytes_text, files_text, layers_text
 from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
+    DtypeOpt,
     JsonOpt,
     MaxShardSizeOpt,
+    MtpOpt,
     QuietOpt,
     RecipeOpt,
     SourceArg,
@@ -17,6 +19,7 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.config.output_format import MtpLayers, OutputFormat, TargetDtype
 
 if TYPE_CHECKING:
     from kimi_convert.conversion import ConversionPlan
@@ -30,6 +33,8 @@ def plan(
     source: SourceArg,
     recipe: RecipeOpt = None,
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
+    dtype: DtypeOpt = TargetDtype.SOURCE,
+    mtp: MtpOpt = MtpLayers.DROP,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -44,7 +49,10 @@ def plan(
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     made = plan_conversion(
-        source, load_recipe(recipe), max_shard_bytes=parse_byte_size(max_shard_size)
+        source,
+        load_recipe(recipe),
+        max_shard_bytes=parse_byte_size(max_shard_size),
+        output_format=OutputFormat(dtype=dtype, mtp=mtp),
     )
     output.show(made, lambda: plan_report(made))
 
