@@ -21,11 +21,10 @@ from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import parse_config
-from kimi_convert.config.quantization import fp8_quantization
+from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, fp8_quantization
 from kimi_convert.model.names.layout import expected_entries
 
 SHARD_BYTES = 5 * 10**9
-_TILE = 128
 _BLOCK_BYTES = 8 * 2**20
 
 _SHARED: Mapping[str, object] = {
@@ -54,7 +53,7 @@ _LARGE: Mapping[str, object] = {
     "num_experts_per_tok": 8,
     "num_hidden_layers": 61,
     "q_lora_rank": 1536,
-    "quantization_config": fp8_quantization(_TILE),
+    "quantization_config": fp8_quantization(),
     "rms_norm_eps": 1e-06,
 }
 _YARN = {
@@ -181,8 +180,8 @@ def shaped_tensors(config: ModelConfig) -> Iterator[PlannedTensor]:
             continue
         rows, columns = entry.shape
         yield PlannedTensor(entry.name, "F8_E4M3", entry.shape)
-        scales = (-(-rows // _TILE), -(-columns // _TILE))
-        yield PlannedTensor(entry.name + "_scale_inv", "F32", scales)
+        scales = (-(-rows // FP8_TILE), -(-columns // FP8_TILE))
+        yield PlannedTensor(entry.name + FP8_SCALE_SUFFIX, "F32", scales)
     if config.model_type == "kimi_k2":  # left there by its exporter, in every layer
         for layer_idx in range(config.num_layers):
             name = _INVERSE_FREQUENCIES.format(layer=layer_idx)

@@ -25,7 +25,7 @@ from tests.golden.test_released_models import KIMI_K2_PUBLISHED_TENSORS, config_
 from tests.tiny import tiny_config
 
 TINY = config_to_json(tiny_config("deepseek_v3", dtype="bfloat16"))
-TINY_FP8 = {**TINY, "quantization_config": fp8_quantization(128)}
+TINY_FP8 = {**TINY, "quantization_config": fp8_quantization()}
 GOLDEN = {"moonlight": "moonlight-16b-a3b", "kimi-k2": "kimi-k2-instruct"}
 
 
@@ -57,7 +57,7 @@ def test_moonlight_has_the_parameters_of_its_model_card():
 def test_holes_take_no_room_and_read_as_zeros(quantised, tmp_path):
     document = {**TINY, "hidden_size": 512, "vocab_size": 8192, "intermediate_size": 2048}
     if quantised:
-        document["quantization_config"] = fp8_quantization(128)
+        document["quantization_config"] = fp8_quantization()
     source = write_shaped_checkpoint(tmp_path / "source", document)
     index = open_index(source)
     assert index.nbytes > 10_000_000
@@ -71,7 +71,7 @@ def test_holes_take_no_room_and_read_as_zeros(quantised, tmp_path):
 def test_filled_checkpoint_converts(quantised, tmp_path):
     document = dict(TINY)
     if quantised:
-        document["quantization_config"] = fp8_quantization(128)
+        document["quantization_config"] = fp8_quantization()
     source = write_shaped_checkpoint(tmp_path / "source", document, filled_bytes=10**9)
     with CheckpointReader(open_index(source)) as reader:
         for name in reader.index.tensors:
