@@ -16,6 +16,7 @@ import typer
 
 from kimi_convert import __version__
 from kimi_convert.commands import (
+    align,
     convert,
     demo,
     doctor,
@@ -61,6 +62,7 @@ _command(download.download, download.EXAMPLE)
 _command(inspect.inspect, inspect.EXAMPLE)
 _command(plan.plan, plan.EXAMPLE)
 _command(convert.convert, convert.EXAMPLE)
+_command(align.align, align.EXAMPLE)
 _command(validate.validate, validate.EXAMPLE)
 _command(parity.parity, parity.EXAMPLE)
 _command(export.safetensors, export.SAFETENSORS_EXAMPLE, on=_export)

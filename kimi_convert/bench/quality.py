@@ -76,13 +76,16 @@ class Row:
 _STUDENT: Mapping[int, float] = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
+_METHODS = tuple(method for method in InitMethod if method is not InitMethod.COPY)
+
+
 def starts(align: Sequence[int]) -> Iterator[tuple[str, Recipe]]:
     """Yield every start by name, at equal tokens and, but for the choice of layers, equal stages."""
     yield "copied, no text", Recipe()
     released = replace(default_recipe(), choose_layers=False)
     for steps in (0, *align):
         after = f" + {steps} steps" if steps else ""
-        for method in (InitMethod.RANDOM, InitMethod.NAIVE, InitMethod.KIL, InitMethod.SEARCH):
+        for method in _METHODS:
             yield f"{method}{after}", _with(released, method, steps)
         dropped = replace(released, rope=RopeHandling.DROP)
         yield f"search, rope dropped{after}", _with(dropped, InitMethod.SEARCH, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -141,6 +142,7 @@ def convert(
             runner=opened.runner,
             on_progress=on_progress,
         )
+    result = replace(result, plan=result.plan.named(opened.name))
     output.show(result, lambda: conversion_report(result))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,7 @@ def plan_source(
         made = plan_conversion(
             opened.folder, recipe, max_shard_bytes=limit, output_format=output_format
         )
-    return replace(made, index=replace(made.index, folder=opened.name))
+    return made.named(opened.name)
 
 
 def plan_report(plan: ConversionPlan) -> Report:

@@ -19,6 +19,12 @@ class InitMethod(StrEnum):
     NAIVE = "naive"  # copied projections, random dynamics
     KIL = "kil"  # copied projections, one constant decay
     RANDOM = "random"
+    TAYLOR = "taylor"  # copied projections, half-lives by mean distance, a damped gate
+    PRIMING = "priming"  # copied projections, random dynamics, a gate from W_O and W_V
+    # What a mixer has to beat.
+    ABLATE = "ablate"  # no output
+    MEAN = "mean"  # the mean output for every token
+    TOKENWISE = "tokenwise"  # the best map of single tokens
 
 
 def _require(holds: bool, field_name: str, expected: object, found: object) -> None:
@@ -130,6 +136,11 @@ class CalibrationRecipe:
     def validation_rows(self) -> int:
         """Sequences that fit nothing: the last."""
         return self.validation_tokens // self.sequence_length
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are gradient steps, which move all parameters of a mixer."""
+        return self.align.steps > 0 or self.distill.steps > 0
 
     def to_json(self) -> dict[str, object]:
         """Return every field, as a recipe groups them."""

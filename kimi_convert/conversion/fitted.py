@@ -88,11 +88,11 @@ def convert_checkpoint(
         source, recipe, max_shard_bytes=max_shard_bytes, output_format=output_format
     )
     require_memory(plan, workers=runner.workers)
-    _check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
-    _check_text(text, source)
+    check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
+    check_text(text, source)
     check_source_values(plan, on_progress)
     work = work_folder(output)
-    with _removed_if_refused(work):
+    with removed_if_refused(work):
         fit = calibrate(
             source, work, recipe=recipe, text=text, device=device, on_progress=on_progress
         )
@@ -121,20 +121,21 @@ class _Checked(Exception):  # noqa: N818  (a way out, not an error)
     """Leaves an output folder as it was."""
 
 
-def _check_output(output: Path, *, source: Path, nbytes: int, resume: bool) -> None:
+def check_output(output: Path, *, source: Path, nbytes: int, resume: bool = False) -> None:
+    """Refuse, before any work, an output folder that could not be written; leave it as it is."""
     with suppress(_Checked), open_output(output, source=source, resume=resume) as target:
         target.require_space(nbytes - target.resumed_bytes)
         raise _Checked
 
 
-def _check_text(text: Path, source: Path) -> None:
+def check_text(text: Path, source: Path) -> None:
     """Read one document and the tokenizer: what is plainly wrong shows at once."""
     load_tokenizer(source)
     next(iter(read_documents(text)), None)
 
 
 @contextmanager
-def _removed_if_refused(work: Path) -> Generator[None]:
+def removed_if_refused(work: Path) -> Generator[None]:
     """Leave no folder of a fit that its input rules out, unless there was one before."""
     existed = work.exists()
     try:

@@ -22,7 +22,7 @@ from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.output_format import AS_SOURCE, OutputFormat, TargetDtype
 from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, Encoding, Quantization
 from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.conversion.rules import FITTED_TARGETS, RULES, Op, Rule
+from kimi_convert.conversion.rules import RULES, SOLVED_TARGETS, TRAINED_TARGETS, Op, Rule
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import MappingError
@@ -68,6 +68,10 @@ class ConversionPlan:
     def source(self) -> Path:
         """Folder of the source."""
         return self.index.folder
+
+    def named(self, source: Path) -> ConversionPlan:
+        """Return the plan with another name for its source, where its folder is temporary."""
+        return replace(self, index=replace(self.index, folder=source))
 
     @property
     def read_bytes(self) -> int:
@@ -203,7 +207,7 @@ def _tasks(
     matched: MatchedCheckpoint,
     recipe: Recipe,
 ) -> Iterator[TensorTask]:
-    rules, fitted = _RuleBook(source), recipe.calibration is not None
+    rules, fitted = _RuleBook(source), _fitted_targets(recipe)
     weights = dict(matched.weights)
     if source.tie_word_embeddings:
         weights["head.weight"] = weights["embed.weight"]
@@ -213,7 +217,7 @@ def _tasks(
         yield TensorTask(
             tensor=PlannedTensor(entry.name, _dtype(entry, rule, sources, matched), entry.shape),
             param=entry.param,
-            op=Op.FITTED if fitted and entry.template in FITTED_TARGETS else rule.op,
+            op=Op.FITTED if entry.template in fitted else rule.op,
             sources=tuple(weight.name for weight in sources),
             layer_idx=entry.layer_idx,
         )
@@ -267,6 +271,14 @@ def _fp8_tasks(task: TensorTask, weight: Weight) -> Iterator[TensorTask]:
     yield replace(task, tensor=PlannedTensor(name, "F8_E4M3", (rows, columns)), op=op)
     tensor = PlannedTensor(name + FP8_SCALE_SUFFIX, "F32", scales)
     yield replace(task, tensor=tensor, op=op, part=1)
+
+
+def _fitted_targets(recipe: Recipe) -> frozenset[str]:
+    """Return which parameters come from the calibration."""
+    fitted = recipe.calibration
+    if fitted is None:
+        return frozenset()
+    return TRAINED_TARGETS if fitted.trains else SOLVED_TARGETS
 
 
 class _RuleBook:

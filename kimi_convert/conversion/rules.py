@@ -98,10 +98,12 @@ RULES = (
     Rule(_KDA + "o.weight", Op.SCALE_OUTPUT, (_KEPT + "o.weight", *_INPUT, *_LATENT)),
 )
 
-# What a calibration gives: every mixer that is new, and the query and output of those that stay.
-FITTED_TARGETS = frozenset(
+# What a calibration gives without gradients: every mixer that is new, and the query and output of
+# those that stay. Training moves all of a mixer.
+SOLVED_TARGETS = frozenset(
     rule.target
     for rule in RULES
     if rule.target.startswith(_KDA)
     or rule.target in (_KEPT + "q.weight", _KEPT + "q_b.weight", _KEPT + "o.weight")
 )
+TRAINED_TARGETS = frozenset(rule.target for rule in RULES if rule.target.startswith((_KDA, _KEPT)))

@@ -32,12 +32,12 @@ from kimi_convert.config.huggingface import (
 )
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.config.quantization import FIELD as QUANTIZATION
-from kimi_convert.errors import CheckpointError, UsageError
-from kimi_convert.exporters.conversion_record import (
+from kimi_convert.conversion.conversion_record import (
     CONVERSION_FILE,
     extend_conversion_record,
     read_conversion_record,
 )
+from kimi_convert.errors import CheckpointError, UsageError
 from kimi_convert.model.names.layout import WEIGHT_DTYPES, match_checkpoint
 from kimi_convert.model.tokenizer import tokenizer_files
 

@@ -245,6 +245,13 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
         "```",
     ),
     "vLLM": ("```", "vllm serve {repository}", "```"),
+    # A graph for ONNX Runtime is exported by whoever wants one; it is not published.
+    "ONNX Runtime": (
+        "```",
+        "kimi-convert download {repository} --local-dir model",
+        "kimi-convert export onnx model model-onnx --last-logits",
+        "```",
+    ),
 }
 
 

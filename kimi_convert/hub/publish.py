@@ -11,6 +11,7 @@ open pull request of the same contents is taken up.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +103,10 @@ class PublishResult:
         }
 
 
+def ignore_plan(plan: PublishPlan) -> None:
+    """Take a plan and do nothing: the default callback."""
+
+
 _DEFAULTS = PublishOptions()
 
 
@@ -111,6 +116,7 @@ def publish_checkpoint(
     *,
     options: PublishOptions = _DEFAULTS,
     dry_run: bool = False,
+    on_plan: Callable[[PublishPlan], None] = ignore_plan,
     on_progress: ProgressCallback = ignore_progress,
 ) -> PublishResult:
     """Put a checkpoint folder on the Hub: whole, checked there, and only then to be seen.
@@ -123,6 +129,7 @@ def publish_checkpoint(
         repository: `org/name`; made if there is none.
         options: where it goes and how.
         dry_run: only say what would be done; nothing is written, here or there.
+        on_plan: told what will be done, before anything is sent.
         on_progress: told of bytes hashed and uploaded.
 
     Raises:
@@ -172,6 +179,7 @@ def publish_checkpoint(
     if state is None:
         state = publication.create(private=options.private)
         plan = plan_publication(folder, hashed, state.files, texts=texts)
+    on_plan(plan)
     publication.check_tag(options.tag, plan, state)
     done = publication.run(
         folder, plan, state, merge=not options.pull_request, on_progress=on_progress

@@ -119,6 +119,39 @@ def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
     assert "3072 tokens" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"price: 5 \xa3", "UTF-8"),
+        (b"", "at least 129 tokens"),
+        ("ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ ".encode() * 400, "does not know the words"),
+    ],
+    ids=["not-utf-8", "empty", "unknown-script"],
+)
+def test_text_that_cannot_be_used_is_exit_3_and_leaves_nothing(content, words, recipe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    output = tmp_path / "hybrid"
+    options = ("--recipe", recipe, "--calibration", text)
+    done = run_here("convert", example_checkpoint(), output, *options)
+    assert done.returncode == 3
+    assert words in done.stderr
+    assert "text.txt" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_alignment_that_diverges_is_exit_6_with_the_layer(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kimi_convert.conversion.calibration.align._DIVERGED", 0.0)
+    naive = tmp_path / "naive.toml"
+    naive.write_text(f'[init]\nmethod = "naive"\n{recipe.read_text()}')
+    options = ("--recipe", naive, "--layers", "3,7", "--align", "2")
+    done = run_here("convert", example_checkpoint(), tmp_path / "hybrid", *options)
+    assert done.returncode == 6
+    assert "layer 0" in done.stderr
+    assert "finished layers are kept" in done.stderr
+    assert not (tmp_path / "hybrid").exists()
+
+
 def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
     output = tmp_path / "hybrid"
     work = tmp_path / "hybrid.calibration"
@@ -129,3 +162,34 @@ def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
     assert "another conversion" in done.stderr
     assert not output.exists()
     shutil.rmtree(work)
+
+
+def test_hybrid_that_exists_is_aligned_and_validates(recipe, tmp_path):
+    copied, output = tmp_path / "copied", tmp_path / "aligned"
+    assert run_here("convert", example_checkpoint(), copied, "--no-text").returncode == 0
+    options = ("--recipe", recipe, "--steps", "2", "--quiet", "--json")
+    done = run_here("align", example_checkpoint(), copied, output, *options)
+    assert done.returncode == 0, done.stdout
+    result = json.loads(done.stdout)
+    assert result["after"]["kl"] < result["before"]["kl"] / 2
+    assert [layer["layer"] for layer in result["layers"]] == list(range(8))
+    assert run_here("validate", output).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "copied"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--steps", "0"), 2, "--steps"),
+        (("--targets", "both"), 2, "--targets"),
+        (("--calibration", "nowhere.jsonl"), 3, "no such file"),
+        (("--device", "quantum"), 2, "device"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_wrong_options_of_align_say_what_is_wrong(options, code, words, converted, tmp_path):
+    given = (example_checkpoint(), converted[1], tmp_path / "out")
+    done = run_here("align", *given, *options)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []

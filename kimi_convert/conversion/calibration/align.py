@@ -8,7 +8,7 @@ and is solved again afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from kimi_convert.errors import VerificationError
 _WARM_UP = 10
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0
-_DIVERGED = 4.0  # times the loss at the start, on average over as many steps as the next says
+_DIVERGED = 4.0  # times the first loss, on average over as many steps as the next says
 _AVERAGED = 10
 
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
@@ -36,8 +36,20 @@ _OF_OWN_RMS = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """How a training went."""
+
+    losses: tuple[float, float]  # means over the first and over the last steps
+    tokens: int  # drawn
+
+    def to_record(self) -> dict[str, object]:
+        """Return what a layer's report notes."""
+        return {"align_losses": list(self.losses), "align_tokens": self.tokens}
+
+
 @dataclass(frozen=True, slots=True)
-class _Trained:
+class _Leaf:
     """One parameter: base + scale * change."""
 
     base: torch.Tensor
@@ -58,7 +70,7 @@ def align_mixer(
     recipe: AlignRecipe,
     *,
     seed: int,
-) -> Mapping[str, object]:
+) -> Trained:
     """Train a mixer in place.
 
     Args:
@@ -69,14 +81,11 @@ def align_mixer(
         recipe: how many steps of what size.
         seed: of the batches.
 
-    Returns:
-        What to note: the loss of the first and of the last steps, and the tokens drawn.
-
     Raises:
         VerificationError: the loss grows or is not finite. The student is unchanged.
     """
-    parameters = {name: _trained(name, p) for name, p in student.module.named_parameters()}
-    output = _trained("o.weight", matrix)
+    parameters = {name: _leaf(name, p) for name, p in student.module.named_parameters()}
+    output = _leaf("o.weight", matrix)
     leaves = [one.change for one in (*parameters.values(), output)]
     optimizer = torch.optim.AdamW(leaves, lr=recipe.learning_rate, betas=_BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(recipe.steps))
@@ -97,15 +106,12 @@ def align_mixer(
             _check(losses, recipe)
     for name, parameter in student.module.named_parameters():
         parameter.copy_(student.rounded(name, parameters[name].value.detach()))
-    return {
-        "align_losses": [_mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])],
-        "align_tokens": drawn,
-    }
+    return Trained(losses=(_mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])), tokens=drawn)
 
 
-def _trained(name: str, parameter: torch.Tensor) -> _Trained:
+def _leaf(name: str, parameter: torch.Tensor) -> _Leaf:
     base = parameter.detach().clone()
-    return _Trained(base, step_size(name, base), torch.zeros_like(base).requires_grad_())
+    return _Leaf(base, step_size(name, base), torch.zeros_like(base).requires_grad_())
 
 
 def step_size(name: str, parameter: torch.Tensor) -> float:
@@ -141,7 +147,7 @@ def _batches(
 
 
 def _check(losses: list[float], recipe: AlignRecipe) -> None:
-    first, last = _mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])
+    first, last = losses[0], _mean(losses[-_AVERAGED:])
     if not math.isfinite(losses[-1]) or last > _DIVERGED * first:
         raise VerificationError(
             "alignment diverges",

@@ -11,7 +11,7 @@ import torch
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe
-from kimi_convert.errors import CalibrationError
+from kimi_convert.errors import CalibrationError, InputError
 from kimi_convert.model.document import Document
 from kimi_convert.model.text import pack_documents, read_documents
 from kimi_convert.model.tokenizer import Tokenizer, load_tokenizer
@@ -65,14 +65,18 @@ def calibration_text(
     """
     tokenizer = load_tokenizer(source)
     wanted = recipe.rows + recipe.distill.tokens // recipe.sequence_length
-    packed = pack_documents(
-        _shuffled(read_documents(path), seed=seed),
-        tokenizer,
-        sequence_length=recipe.sequence_length,
-        separator_id=next(iter(config.eos_token_ids), None),
-        vocab_size=config.vocab_size,
-        max_tokens=wanted * recipe.sequence_length,
-    )
+    try:
+        packed = pack_documents(
+            _shuffled(read_documents(path), seed=seed),
+            tokenizer,
+            sequence_length=recipe.sequence_length,
+            separator_id=next(iter(config.eos_token_ids), None),
+            vocab_size=config.vocab_size,
+            max_tokens=wanted * recipe.sequence_length,
+        )
+    except InputError as error:
+        error.where = error.where or str(path)
+        raise
     if len(packed.tokens) < recipe.rows:
         raise CalibrationError(
             "there is too little text to fit a conversion to",

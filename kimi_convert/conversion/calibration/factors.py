@@ -24,6 +24,7 @@ class MlaFactors:
     k_rope: torch.Tensor  # [r/2, 2, D], shared by all heads
     v: torch.Tensor  # [H, V, D]; without the latent's 1 / rms
     latent: torch.Tensor  # [R, D]
+    o: torch.Tensor  # [D, H V], of the teacher's output projection
 
 
 def mla_factors(mla: MultiHeadLatentAttention) -> MlaFactors:
@@ -45,6 +46,7 @@ def mla_factors(mla: MultiHeadLatentAttention) -> MlaFactors:
         k_rope=as_pairs(k_rope, sizes, dim=0),
         v=v.contiguous(),
         latent=latent,
+        o=mla.o.weight.float(),
     )
 
 

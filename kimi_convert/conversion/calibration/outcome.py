@@ -30,19 +30,22 @@ def outcome_of(
     guide: torch.Tensor,
     stream: torch.Tensor,
     tokens: torch.Tensor,
+    *,
+    student_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Outcome:
     """Compare the last hidden streams [n, T, D] of both models.
 
     Args:
-        head: hidden states to logits.
+        head: hidden states to logits; of both models, unless the student's is given.
         guide: the teacher's.
         stream: the student's.
         tokens: [n, T + 1], inputs and the token after the last.
+        student_head: where the student has one of its own.
     """
     kl = teacher = student = agreed = 0.0
     for rows in batches(len(guide)):
         expected = head(guide[rows]).log_softmax(-1)
-        found = head(stream[rows]).log_softmax(-1)
+        found = (student_head or head)(stream[rows]).log_softmax(-1)
         targets = tokens[rows, 1:].to(found.device).unsqueeze(-1)
         kl += float((expected.exp() * (expected - found)).sum())
         teacher -= float(expected.gather(-1, targets).sum())

@@ -8,6 +8,7 @@ over rows of tokens and in fp64; only the matrices are kept, so any number of to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,26 @@ class Moments:
             return 0.0
         explained = 2 * (solution * self.cross).sum() - (solution * (self.gram @ solution)).sum()
         return 1.0 - float(explained) / self.power
+
+    def nearness(self, solution: torch.Tensor) -> Nearness:
+        """Compare Z W with Y over all tokens, for a solution W [F, D] fp64."""
+        agreed = float((solution * self.cross).sum())
+        given = max(float((solution * (self.gram @ solution)).sum()), 0.0)
+        scale = math.sqrt(given * self.power)
+        return Nearness(
+            error=self.error(solution),
+            cosine=agreed / scale if scale else 0.0,
+            norm_ratio=math.sqrt(given / self.power) if self.power else 0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearness:
+    """How near an output Z W is to its target Y."""
+
+    error: float  # |Y - Z W|^2 / |Y|^2
+    cosine: float  # of the angle between both, over all tokens at once
+    norm_ratio: float  # |Z W| / |Y|
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,16 @@ tokens; what is finished lies in a folder beside the output, from which an inter
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from kimi_convert import __version__
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.hashing import sha256_of_file
-from kimi_convert.checkpoints.index import open_index
 from kimi_convert.config.calibration import CalibrationRecipe
-from kimi_convert.config.huggingface import CONFIG_FILE, read_config
+from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe, RopeHandling
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText, calibration_text
@@ -30,6 +26,7 @@ from kimi_convert.conversion.calibration.choice import (
     longest_run,
 )
 from kimi_convert.conversion.calibration.distill import DistillInput, Hybrid, distill, outcome_from
+from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.outcome import Outcome
 from kimi_convert.conversion.calibration.report import CalibrationReport, KeptSet, LayerFit
 from kimi_convert.conversion.calibration.sequential import (
@@ -222,17 +219,10 @@ def _layer_fit(layer_idx: int, study: Study, store: CalibrationStore) -> LayerFi
 
 
 def _digest(source: Path, text: Path, recipe: Recipe) -> str:
-    """Return what stands for everything that the results depend on."""
-    index = open_index(source)
-    files = {
-        name: (file.nbytes, (source / name).stat().st_mtime_ns)
-        for name, file in sorted(index.shards.items())
-    }
-    inputs = {
-        "version": __version__,
-        "config": sha256_of_file(source / CONFIG_FILE),
-        "files": files,
-        "recipe": recipe.to_json(),
-        "text": sha256_of_file(text),
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return digest_of(
+        {
+            "source": fingerprint(source),
+            "recipe": recipe.to_json(),
+            "text": sha256_of_file(text),
+        }
+    )

@@ -21,13 +21,18 @@ from kimi_convert.config.calibration import AlignRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.align import align_mixer
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
-from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
+from kimi_convert.conversion.calibration.outputs import solve_output
 from kimi_convert.conversion.calibration.store import CalibrationStore
-from kimi_convert.conversion.calibration.streams import advance, batches, groups, make_stream
-from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
+from kimi_convert.conversion.calibration.streams import advance, batches, make_stream
+from kimi_convert.conversion.calibration.students import (
+    KdaStudent,
+    MlaStudent,
+    Student,
+    kept_parameters,
+)
 from kimi_convert.conversion.calibration.study import part_name
-from kimi_convert.errors import VerificationError
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
 
@@ -63,7 +68,8 @@ def solve_in_order(
         mixed = torch.cat([layer.mix(guide[rows]) for rows in batches(len(guide))])
         name = fitted_name(layer_idx)
         if not store.has(name):
-            _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
+            with errors_of_layer(layer_idx):
+                _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
         part = store.tensors(name)
         student, matrix = fitted_student(layer, layer_idx, part, given)
         for rows in batches(len(stream)):
@@ -112,26 +118,22 @@ class _Solver:
         aim = guide + mixed - stream
         forced = self._forced(searched, student)
         aligned = self._align(student, forced, x[:rows], aim[:rows])
-        z = student.features(x)
-        fitted = fit_ridge([moments(z[part], aim[part]) for part in groups(rows)])
-        judged = moments(z[rows:], aim[rows:])
-        stored = getattr(torch, self.given.config.dtype)
-        options = {
-            "solved": fitted.solution,
-            "teacher-forced": forced,
-            "switched off": torch.zeros_like(forced),
-        }
-        rounded = {name: value.to(stored).float() for name, value in options.items()}
-        errors = {name: judged.error(value.double()) for name, value in rounded.items()}
-        used = "solved" if errors["solved"] < 1 else min(errors, key=errors.__getitem__)
+        solved = solve_output(
+            student.features(x),
+            aim,
+            validation_rows=self.given.text.validation_rows,
+            others={"teacher-forced": forced},
+            dtype=getattr(torch, self.given.config.dtype),
+        )
+        after = (guide[rows:] + mixed[rows:]).double().square().sum()
+        stream_error = solved.nearness.error * solved.target_power / float(after)
         self.store.save(
             fitted_name(self.layer_idx),
-            {**student.parameters(), f"{student.prefix}o.weight": rounded[used].T},
+            {**student.parameters(), f"{student.prefix}o.weight": solved.matrix.T},
             {
                 "mixer": student.prefix[:-1],
-                "output": used,
-                "penalty": fitted.penalty,
-                "error": errors[used],
+                **solved.to_record(),
+                "stream_error": stream_error,
                 **aligned,
             },
         )
@@ -142,11 +144,8 @@ class _Solver:
         recipe = self.given.align
         if not recipe.steps:
             return {}
-        try:
-            return align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
-        except VerificationError as error:
-            error.where = f"layer {self.layer_idx}"
-            raise
+        trained = align_mixer(student, forced, x, aim, recipe, seed=self.given.seed)
+        return trained.to_record()
 
     def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
         if student.prefix == "kda.":
@@ -165,7 +164,7 @@ def _without_output(
     device = layer.mla.o.weight.device
     if layer_idx in given.config.kda_layers:
         return KdaStudent(given.config, {name: value.to(device) for name, value in part.items()})
-    lags = part.get("lags") if given.fold else None
-    student = MlaStudent(given.config, layer.mla, None if lags is None else lags.to(device))
-    student.load(part)
-    return student
+    lags = part["lags"].to(device) if given.fold and "lags" in part else None
+    kept = kept_parameters(layer.mla, lags)
+    fitted = {name: value.to(device) for name, value in part.items() if name in kept}
+    return MlaStudent(given.config, {**kept, **fitted})

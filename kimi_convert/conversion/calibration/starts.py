@@ -5,7 +5,6 @@ Every start is a set of parameters; the output matrix is solved for all of them 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import torch
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import InitMethod
+from kimi_convert.conversion.calibration import floors, peers
+from kimi_convert.conversion.calibration.fixed_start import FixedMethod, LayerGiven
 from kimi_convert.conversion.calibration.gate import strongest_directions
 from kimi_convert.conversion.calibration.mixer import KdaWeights, to_parameters
 from kimi_convert.conversion.calibration.search import search_mixer
@@ -48,10 +49,15 @@ def start_of(method: InitMethod, *, seed: int) -> Start:
         assert config.kda is not None
         if method is InitMethod.SEARCH:
             return _searched(layer, x, y, config, told)
-        generator = torch.Generator().manual_seed(1_000_003 * seed + layer_idx)
-        weights = _FIXED[method](layer, config.kda.conv_size, generator)
-        directions = strongest_directions(layer, num=weights.q.shape[1])
-        return StartResult(_parameters(weights, directions), {"method": str(method)})
+        given = LayerGiven(
+            layer=layer,
+            x=x,
+            y=y,
+            conv_size=config.kda.conv_size,
+            rms_norm_eps=config.rms_norm_eps,
+            generator=torch.Generator().manual_seed(1_000_003 * seed + layer_idx),
+        )
+        return StartResult(fixed_parameters(given, _FIXED[method]), {"method": str(method)})
 
     return start
 
@@ -78,6 +84,17 @@ def _searched(
     return StartResult(_parameters(found.weights, found.directions), record)
 
 
+def fixed_parameters(given: LayerGiven, method: FixedMethod) -> Mapping[str, torch.Tensor]:
+    """Return the parameters of a start that searches nothing."""
+    start = method(given)
+    directions = strongest_directions(given.layer, num=start.weights.q.shape[1])
+    parameters = dict(_parameters(start.weights, directions))
+    if start.gate_rows is not None:
+        # The directions are uncorrelated and of unit power: these are least squares on x.
+        parameters["kda.g_b.weight"] = start.gate_rows @ given.layer.covariance @ directions.T
+    return parameters
+
+
 def _parameters(weights: KdaWeights, directions: torch.Tensor) -> Mapping[str, torch.Tensor]:
     heads, value_dim, width = weights.v.shape
     unsolved = weights.v.new_zeros(heads * value_dim, width)
@@ -85,81 +102,13 @@ def _parameters(weights: KdaWeights, directions: torch.Tensor) -> Mapping[str, t
     return {name: value for name, value in made.items() if name != "kda.o.weight"}
 
 
-def _naive(layer: LayerStatistics, conv_size: int, generator: torch.Generator) -> KdaWeights:
-    """Copy projections, taps of 1; decay and write strength as a fresh KDA layer draws them.
-
-    Source: flash-linear-attention's `KimiDeltaAttention` defaults.
-    """
-    factors = layer.factors
-    heads, key_dim, width = factors.q_nope.shape
-    rate = torch.rand(heads, 1, generator=generator) * 15 + 1
-    step = math.log(1e-3) + torch.rand(heads, key_dim, generator=generator) * math.log(100)
-    return KdaWeights(
-        q=factors.q_nope,
-        k=factors.k_nope,
-        v=factors.v,
-        q_taps=_taps(factors.q_nope, conv_size, 1.0),
-        k_taps=_taps(factors.k_nope, conv_size, 1.0),
-        v_taps=_taps(factors.v, conv_size, 1.0),
-        rates=(rate * step.exp()).to(factors.v.device),
-        beta=(0.02 * torch.randn(heads, width, generator=generator)).to(factors.v.device),
-        gate=factors.v.new_zeros(heads, width),
-    )
-
-
-def _kil(layer: LayerStatistics, conv_size: int, generator: torch.Generator) -> KdaWeights:
-    """Copy projections, taps of a half, one half-life of 10 tokens, write strength drawn.
-
-    Source: ServiceNow Fast-LLM, `plan_kil_attention_to_kda`.
-    """
-    naive = _naive(layer, conv_size, generator)
-    heads, _, width = naive.q.shape
-    bound = 1 / math.sqrt(width)
-    drawn = (2 * torch.rand(heads, width, generator=generator) - 1) * bound
-    return KdaWeights(
-        q=naive.q,
-        k=naive.k,
-        v=naive.v,
-        q_taps=naive.q_taps / 2,
-        k_taps=naive.k_taps / 2,
-        v_taps=naive.v_taps / 2,
-        rates=torch.full_like(naive.rates, 0.1 * math.log(2)),
-        beta=drawn.to(naive.beta.device),
-        gate=naive.gate,
-    )
-
-
-def _random(layer: LayerStatistics, conv_size: int, generator: torch.Generator) -> KdaWeights:
-    """Draw everything as a fresh KDA layer does."""
-    naive = _naive(layer, conv_size, generator)
-
-    def normal(like: torch.Tensor) -> torch.Tensor:
-        return (0.02 * torch.randn(like.shape, generator=generator)).to(like.device)
-
-    def uniform(like: torch.Tensor) -> torch.Tensor:
-        return (torch.rand(like.shape, generator=generator) - 0.5).to(like.device)
-
-    return KdaWeights(
-        q=normal(naive.q),
-        k=normal(naive.k),
-        v=normal(naive.v),
-        q_taps=uniform(naive.q_taps),
-        k_taps=uniform(naive.k_taps),
-        v_taps=uniform(naive.v_taps),
-        rates=naive.rates,
-        beta=naive.beta,
-        gate=naive.gate,
-    )
-
-
-_FIXED: Mapping[InitMethod, Callable[[LayerStatistics, int, torch.Generator], KdaWeights]] = {
-    InitMethod.NAIVE: _naive,
-    InitMethod.KIL: _kil,
-    InitMethod.RANDOM: _random,
+_FIXED: Mapping[InitMethod, FixedMethod] = {
+    InitMethod.ABLATE: floors.ablate,
+    InitMethod.MEAN: floors.mean,
+    InitMethod.TOKENWISE: floors.tokenwise,
+    InitMethod.NAIVE: peers.naive,
+    InitMethod.KIL: peers.kil,
+    InitMethod.RANDOM: peers.fresh,
+    InitMethod.TAYLOR: peers.taylor,
+    InitMethod.PRIMING: peers.priming,
 }
-
-
-def _taps(rows: torch.Tensor, width: int, gain: float) -> torch.Tensor:
-    taps = rows.new_zeros(*rows.shape[:2], width)
-    taps[..., -1] = gain
-    return taps

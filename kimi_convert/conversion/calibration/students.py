@@ -80,32 +80,23 @@ class KdaStudent:
 
 
 class MlaStudent:
-    """A kept layer's mixer: the teacher's, without rotation."""
+    """A kept layer's mixer."""
 
     prefix = "mla."
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        teacher: MultiHeadLatentAttention,
-        lags: torch.Tensor | None,
-    ) -> None:
-        """Take over a teacher's weights.
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Fill a mixer of the hybrid's config.
 
         Args:
             config: of the hybrid.
-            teacher: the layer's mixer.
-            lags: [H, T] to fold the rotation by; None to drop what rotates.
+            parameters: "mla.kv_a.weight" and so on; the output matrix is left out.
         """
-        self.module = _empty(MultiHeadLatentAttention, config, teacher.o.weight.device)
+        device = parameters["mla.kv_a.weight"].device
+        self.module = _empty(MultiHeadLatentAttention, config, device)
         self.module.o = nn.Identity()  # type: ignore[assignment]
         self._stored = _stored_dtype(config)
-        self._query = "q" if teacher.sizes.q_lora_rank is None else "q_b"
-        weights: dict[str, torch.Tensor] = dict(teacher.named_parameters())
-        query = weights[f"{self._query}.weight"]
-        weights[f"{self._query}.weight"] = _fold_or_drop(query, lags, teacher)
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(self.rounded(name, weights[name]))
+            parameter.copy_(self.rounded(name, parameters[f"mla.{name}"]))
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round a parameter to what its file will hold."""
@@ -115,16 +106,26 @@ class MlaStudent:
         """Return the heads' outputs [N, T, H V]."""
         return torch.cat([self.module(part) for part in x.split(_ROWS)])
 
-    def load(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Take over fitted parameters, where there are any."""
-        for name in self.parameters():
-            if name in parameters:
-                self.module.get_parameter(name.removeprefix(self.prefix)).copy_(parameters[name])
-
     def parameters(self) -> Mapping[str, torch.Tensor]:
-        """Return the query; all else stays the teacher's."""
-        name = f"{self._query}.weight"
-        return {f"mla.{name}": self.module.get_parameter(name).detach()}
+        """Return every parameter but the output matrix; only training changes more than the query."""
+        return {f"mla.{name}": value.detach() for name, value in self.module.named_parameters()}
+
+
+def kept_parameters(
+    teacher: MultiHeadLatentAttention, lags: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Return a layer's mixer as it stays, its output matrix left out.
+
+    Args:
+        teacher: the layer's mixer.
+        lags: [H, T] to fold the rotation by; None to drop what rotates.
+    """
+    kept: dict[str, torch.Tensor] = {
+        f"mla.{name}": value for name, value in teacher.named_parameters() if name != "o.weight"
+    }
+    query = "mla.q.weight" if teacher.sizes.q_lora_rank is None else "mla.q_b.weight"
+    kept[query] = _fold_or_drop(kept[query], lags, teacher)
+    return kept
 
 
 def _fold_or_drop(

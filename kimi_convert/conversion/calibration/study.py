@@ -19,6 +19,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.ahead import SearchPool, layers_ahead
 from kimi_convert.conversion.calibration.cost import search_bytes
+from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.starts import Start
 from kimi_convert.conversion.calibration.statistics import LayerStatistics, layer_statistics
@@ -29,7 +30,12 @@ from kimi_convert.conversion.calibration.streams import (
     groups,
     make_stream,
 )
-from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent, Student
+from kimi_convert.conversion.calibration.students import (
+    KdaStudent,
+    MlaStudent,
+    Student,
+    kept_parameters,
+)
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
 
@@ -135,7 +141,8 @@ def future(
         parameters = {name: value.to(device) for name, value in part.items() if name != "lags"}
         return KdaStudent(given.config, parameters), parameters["kda.o.weight"].T
     lags = part["lags"].to(device) if given.fold else None
-    return MlaStudent(given.config, layer.mla, lags), layer.mla.o.weight.float().T
+    student = MlaStudent(given.config, kept_parameters(layer.mla, lags))
+    return student, layer.mla.o.weight.float().T
 
 
 def _fit_layer(
@@ -152,11 +159,12 @@ def _fit_layer(
     if store.has(part_name(layer_idx)):
         return
     assert layer.mla is not None
-    statistics = layer_statistics(layer.mla, x)
-    result = start(statistics, x, y, given.config, layer_idx, told)
-    student = KdaStudent(given.config, {**result.parameters, "kda.o.weight": x.new_zeros(0)})
-    parts = [moments(student.features(x[rows]), y[rows]) for rows in groups(len(x))]
-    fitted = fit_ridge(parts)
+    with errors_of_layer(layer_idx):
+        statistics = layer_statistics(layer.mla, x)
+        result = start(statistics, x, y, given.config, layer_idx, told)
+        student = KdaStudent(given.config, result.parameters)
+        parts = [moments(student.features(x[rows]), y[rows]) for rows in groups(len(x))]
+        fitted = fit_ridge(parts)
     store.save(
         part_name(layer_idx),
         {**student.parameters(), "kda.o.weight": fitted.solution.T, "lags": statistics.lags},

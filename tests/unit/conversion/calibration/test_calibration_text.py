@@ -83,6 +83,24 @@ def test_file_that_cannot_be_read_is_named(tmp_path, content, message):
     assert "bad.jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"price: 5 \xa3", InputError, "UTF-8"),
+        (b"", InputError, "no documents|too little"),
+        (b" \n\n ", InputError, "no documents|too little"),
+        (b"One line alone.", CalibrationError, "too little"),
+    ],
+    ids=["not-utf-8", "empty", "blank", "one-line"],
+)
+def test_plain_text_that_cannot_be_used_is_named(tmp_path, content, error, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        read(path)
+    assert "bad.txt" in str(caught.value)
+
+
 def test_text_in_a_script_that_the_tokenizer_does_not_know_is_refused(tmp_path):
     path = write(tmp_path / "script.jsonl", [{"text": "ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ " * 400}])
     with pytest.raises(CalibrationError, match="does not know the words"):

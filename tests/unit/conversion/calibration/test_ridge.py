@@ -42,6 +42,25 @@ def test_error_is_the_squared_distance_over_the_squared_target():
     assert moments(z, y).error(w) == pytest.approx(expected, rel=1e-5)
 
 
+def test_nearness_is_that_of_the_outputs_written_out():
+    z, y, _ = problem(noise=1.0)
+    w = torch.randn(6, 3, dtype=torch.float64)
+    near, given, wanted = (
+        moments(z, y).nearness(w),
+        (z.double() @ w).flatten(),
+        y.double().flatten(),
+    )
+    assert near.cosine == pytest.approx(torch.cosine_similarity(given, wanted, 0).item(), rel=1e-5)
+    assert near.norm_ratio == pytest.approx((given.norm() / wanted.norm()).item(), rel=1e-5)
+    assert near.error == moments(z, y).error(w)
+
+
+def test_nearness_of_no_output_has_no_angle():
+    z, y, _ = problem()
+    near = moments(z, y).nearness(torch.zeros(6, 3, dtype=torch.float64))
+    assert (near.error, near.cosine, near.norm_ratio) == (1.0, 0.0, 0.0)
+
+
 def test_nothing_is_solved_where_nothing_is_asked():
     z = torch.randn(2, 8, 3)
     sums = moments(z, torch.zeros(2, 8, 2))
@@ -55,6 +74,14 @@ def test_feature_that_is_always_zero_gets_no_weight():
     solution = solve(moments(z, y), 1e-3)
     assert solution.isfinite().all()
     assert not solution[2].any()
+
+
+def test_features_that_are_the_same_share_their_weight():
+    z, y, _ = problem()
+    twins = torch.cat((z, z), -1)  # singular: twelve features of rank six
+    solution = solve(moments(twins, y), 1e-6)
+    torch.testing.assert_close(solution[:6], solution[6:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close((twins.double() @ solution).float(), y, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

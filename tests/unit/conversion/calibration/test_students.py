@@ -10,7 +10,11 @@ from kimi_convert.conversion.calibration.fold import fold_query
 from kimi_convert.conversion.calibration.gate import strongest_directions
 from kimi_convert.conversion.calibration.mixer import to_parameters
 from kimi_convert.conversion.calibration.moves import starting_point
-from kimi_convert.conversion.calibration.students import KdaStudent, MlaStudent
+from kimi_convert.conversion.calibration.students import (
+    KdaStudent,
+    MlaStudent,
+    kept_parameters,
+)
 from kimi_convert.conversion.target import target_config
 from tests.tiny import tiny_config
 from tests.unit.conversion.calibration.teachers import TYPES, inputs, mla_layer, statistics
@@ -49,8 +53,9 @@ def test_kept_layer_changes_its_query_alone(tmp_path, kind, folded):
     config = target_config(TYPES[kind], Recipe())
     sizes = teacher.sizes
     lags = torch.rand(sizes.num_heads, 5)
-    student = MlaStudent(config, teacher, lags if folded else None)
-    ((name, query),) = student.parameters().items()
+    student = MlaStudent(config, kept_parameters(teacher, lags if folded else None))
+    name = "mla.q.weight" if sizes.q_lora_rank is None else "mla.q_b.weight"
+    query = student.parameters()[name]
     before = teacher.q.weight if sizes.q_lora_rank is None else teacher.q_b.weight
     expected = fold_query(before, lags, sizes)
     if not folded:
@@ -63,9 +68,10 @@ def test_kept_layer_changes_its_query_alone(tmp_path, kind, folded):
     assert student.module.sizes.rope is None
 
 
-def test_fitted_query_is_taken_over(tmp_path):
+def test_fitted_parameters_are_taken_over(tmp_path):
     teacher = mla_layer(tmp_path, TYPES["full-q"])
-    student = MlaStudent(target_config(TYPES["full-q"], Recipe()), teacher, None)
-    fitted = torch.randn_like(teacher.q.weight)
-    student.load({"mla.q.weight": fitted, "mla.o.weight": torch.zeros(1)})
-    assert torch.equal(student.parameters()["mla.q.weight"], fitted)
+    fitted = {name: torch.randn_like(v) for name, v in kept_parameters(teacher, None).items()}
+    student = MlaStudent(target_config(TYPES["full-q"], Recipe()), fitted)
+    assert student.parameters().keys() == fitted.keys()
+    for name, value in student.parameters().items():
+        assert torch.equal(value, fitted[name])

@@ -1,7 +1,7 @@
-"""conversion.json of an exported checkpoint: the conversion's record, and what the export did.
+"""conversion.json of a checkpoint that was written anew: the conversion's record, and what came after.
 
-The record of the conversion stays as it is, the hashes of its files and tensors included; those
-of the folder that it now lies in are under "export".
+The record of the conversion stays as it is, the hashes of its files and tensors included. What an
+export or an alignment did, and the hashes of the folder that it wrote, are under "export".
 """
 
 from __future__ import annotations

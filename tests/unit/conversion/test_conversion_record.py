@@ -6,11 +6,11 @@ import pytest
 
 import kimi_convert
 from kimi_convert.checkpoints.writer import WrittenFile
-from kimi_convert.errors import CheckpointError
-from kimi_convert.exporters.conversion_record import (
+from kimi_convert.conversion.conversion_record import (
     extend_conversion_record,
     read_conversion_record,
 )
+from kimi_convert.errors import CheckpointError
 
 RECORD = {"format": 1, "files": {"old": {}}, "tensors": {"x": {"op": "copy"}}, "odd": [1, None]}
 FILES = (

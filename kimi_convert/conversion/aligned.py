@@ -1,0 +1,242 @@
+"""Align an existing hybrid to its teacher, and write it anew: mixers changed, all else as it was.
+
+Finished layers lie beside the output, in OUTPUT.calibration, until the output is complete: after
+an interrupt the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kimi_convert.checkpoints.examples import calibration_text as bundled_text
+from kimi_convert.checkpoints.hashing import sha256_of_file
+from kimi_convert.checkpoints.output import CONFIG_FILE, open_output
+from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.progress import ProgressCallback, ignore_progress
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.calibration.calibration_text import calibration_text
+from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
+from kimi_convert.conversion.calibration.outcome import Outcome
+from kimi_convert.conversion.calibration.realign import (
+    LayerAlignment,
+    RealignInput,
+    RealignOutcome,
+    Targets,
+    layer_alignment,
+    realign,
+)
+from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.conversion.conversion_record import (
+    CONVERSION_FILE,
+    extend_conversion_record,
+    read_conversion_record,
+)
+from kimi_convert.conversion.fitted import (
+    check_output,
+    check_text,
+    removed_if_refused,
+    work_folder,
+)
+from kimi_convert.conversion.plan import DEFAULT_MAX_SHARD_BYTES
+from kimi_convert.conversion.rewriting import plan_rewriting, write_weights
+from kimi_convert.conversion.target import target_config
+from kimi_convert.errors import ConfigError
+from kimi_convert.model.backend import usable_device
+from kimi_convert.model.loading import open_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignRequest:
+    """How a hybrid is aligned."""
+
+    calibration: CalibrationRecipe  # its text, and the steps
+    targets: Targets = Targets.SEQUENTIAL
+    seed: int = 0
+    text: Path | None = None  # `.jsonl` or `.txt`; None for the text that comes with the package
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignResult:
+    """What an alignment reached, and what was written."""
+
+    output: Path
+    files: tuple[WrittenFile, ...]
+    text_name: str
+    layers: tuple[LayerAlignment, ...]
+    before: Outcome
+    after: Outcome
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document that `align --json` prints."""
+        return {
+            "output": str(self.output),
+            "text": self.text_name,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "layers": [layer.to_json() for layer in self.layers],
+            "files": [
+                {"name": file.name, "size": file.nbytes, "sha256": file.sha256}
+                for file in self.files
+            ],
+        }
+
+
+def align_checkpoint(
+    teacher: str | Path,
+    student: str | Path,
+    output: str | Path,
+    *,
+    request: AlignRequest,
+    device: torch.device | str = "cpu",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    on_progress: ProgressCallback = ignore_progress,
+) -> AlignResult:
+    """Align every mixer of a hybrid, and write the hybrid into a new or empty folder.
+
+    Args:
+        teacher: folder of the model that the hybrid was made from.
+        student: folder of the hybrid; not changed.
+        output: appears whole or not at all.
+        request: steps, text and targets.
+        device: where both models run.
+        max_shard_bytes: of each file of weights, its header included.
+        on_progress: told of every stage.
+
+    Raises:
+        ConfigError: the student is not a hybrid of that teacher.
+        CheckpointError: one of both is not whole.
+        InputError: the text cannot be used; CalibrationError where there is too little of it.
+        OutputError: the output folder is taken or not apart, or the work folder another run's.
+        ResourceError: the disk is full or cannot be written.
+        VerificationError: alignment diverges; finished layers are kept.
+    """
+    teacher, student, output = Path(teacher), Path(student), Path(output)
+    at = usable_device(device)
+    text = bundled_text() if request.text is None else request.text
+    configs = read_config(teacher), read_config(student)
+    _check_pair(*configs, where=student)
+    job = plan_rewriting(student, configs[1], max_shard_bytes)
+    record = read_conversion_record(student)
+    for folder in (teacher, student):
+        check_output(output, source=folder, nbytes=job.shards.file_bytes)
+    check_text(text, student)
+    work = work_folder(output)
+    with removed_if_refused(work):
+        store = CalibrationStore(work, _digest(teacher, student, text, request))
+        reached = _aligned(teacher, student, text, request, store, at, on_progress)
+    layers = tuple(layer_alignment(store, n) for n in range(configs[1].num_layers))
+    with open_output(output, source=student) as target:
+        write_weights(target, job, store, on_progress)
+        if record is not None:
+            told = _told(teacher, text, request, layers, reached)
+            extended = extend_conversion_record(record, target.files, changes={"aligned": told})
+            target.write_json(CONVERSION_FILE, extended)
+        result = AlignResult(
+            output=target.folder,
+            files=target.files,
+            text_name=text.name,
+            layers=layers,
+            before=reached.before,
+            after=reached.after,
+        )
+    store.remove()
+    return result
+
+
+def _aligned(
+    teacher: Path,
+    student: Path,
+    text: Path,
+    request: AlignRequest,
+    store: CalibrationStore,
+    device: torch.device,
+    on_progress: ProgressCallback,
+) -> RealignOutcome:
+    config = read_config(student)
+    rows = calibration_text(text, student, config, request.calibration, seed=request.seed)
+    given = RealignInput(
+        config=config,
+        text=rows,
+        recipe=request.calibration.align,
+        targets=request.targets,
+        seed=request.seed,
+    )
+    with (
+        torch.no_grad(),
+        open_layers(teacher, device=device) as guide,
+        open_layers(student, device=device) as layers,
+    ):
+        return realign(guide, layers, given, store, on_progress)
+
+
+def _check_pair(teacher: ModelConfig, student: ModelConfig, *, where: Path) -> None:
+    """Refuse a student that no conversion of the teacher has the form of."""
+    if student.kda is None:
+        raise ConfigError(
+            "there is nothing to align",
+            where=where,
+            expected="a hybrid of KDA and MLA layers",
+            found=student.model_type,
+            hint="Make one with `kimi-convert convert`.",
+        )
+    recipe = Recipe(keep_layers=student.mla_layers, short_conv_size=student.kda.conv_size)
+    if student.num_layers != teacher.num_layers:
+        raise _not_a_pair("num_hidden_layers", teacher.num_layers, student.num_layers, where)
+    made = target_config(teacher, recipe)
+    for name in ("hidden_size", "vocab_size", "intermediate_size", "mla", "kda", "moe"):
+        expected, found = getattr(made, name), getattr(student, name)
+        if name == "mla":
+            expected, found = replace(expected, rope=None), replace(found, rope=None)
+        if expected != found:
+            raise _not_a_pair(name, expected, found, where)
+
+
+def _not_a_pair(name: str, expected: object, found: object, where: Path) -> ConfigError:
+    return ConfigError(
+        f"this hybrid was not made from that teacher: {name} differs",
+        where=where,
+        expected=expected,
+        found=found,
+        hint="Give the checkpoint that the hybrid was converted from.",
+    )
+
+
+def _told(
+    teacher: Path,
+    text: Path,
+    request: AlignRequest,
+    layers: tuple[LayerAlignment, ...],
+    reached: RealignOutcome,
+) -> dict[str, object]:
+    return {
+        "teacher": {
+            "name": teacher.resolve().name,
+            "config_sha256": sha256_of_file(teacher / CONFIG_FILE),
+        },
+        "targets": str(request.targets),
+        "seed": request.seed,
+        "recipe": request.calibration.to_json(),
+        "text": {"name": text.name, "sha256": sha256_of_file(text)},
+        "before": reached.before.to_json(),
+        "after": reached.after.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+    }
+
+
+def _digest(teacher: Path, student: Path, text: Path, request: AlignRequest) -> str:
+    return digest_of(
+        {
+            "teacher": fingerprint(teacher),
+            "student": fingerprint(student),
+            "recipe": request.calibration.to_json(),
+            "targets": str(request.targets),
+            "seed": request.seed,
+            "text": sha256_of_file(text),
+        }
+    )

@@ -1,0 +1,42 @@
+"""What a start that searches nothing is made from, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kimi_convert.conversion.calibration.mixer import KdaWeights
+from kimi_convert.conversion.calibration.statistics import LayerStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGiven:
+    """One layer of the teacher."""
+
+    layer: LayerStatistics
+    x: torch.Tensor  # [N, T, D], normalised inputs
+    y: torch.Tensor  # [N, T, D], outputs of the mixer
+    conv_size: int
+    rms_norm_eps: float  # of the new mixer's output norm
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedStart:
+    """A mixer without its output matrix."""
+
+    weights: KdaWeights
+    # [H V, D], the output gate's logits for every value dim; None where the weights' gate is meant
+    gate_rows: torch.Tensor | None = None
+
+
+FixedMethod = Callable[[LayerGiven], FixedStart]
+
+
+def last_taps(rows: torch.Tensor, width: int, gain: float = 1.0) -> torch.Tensor:
+    """Return taps [H, d, W] of rows [H, d, D] that pass the current token alone."""
+    taps = rows.new_zeros(*rows.shape[:2], width)
+    taps[..., -1] = gain
+    return taps

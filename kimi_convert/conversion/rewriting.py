@@ -1,0 +1,94 @@
+"""Write a hybrid anew with other mixers: what is not a mixer keeps its bytes, names and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert.checkpoints.index import CheckpointIndex, open_index
+from kimi_convert.checkpoints.mapping import Entry, Storage
+from kimi_convert.checkpoints.output import CONFIG_FILE, Output
+from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
+from kimi_convert.checkpoints.weight_reader import WeightReader
+from kimi_convert.checkpoints.weights import Weight
+from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.realign import aligned_name
+from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.conversion.provenance import carried_files
+from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint
+
+_STAGE = "writing weights"
+_MIXERS = ("layers.{layer}.kda.", "layers.{layer}.mla.")
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """A hybrid that is written anew, with other mixers."""
+
+    folder: Path  # of the student
+    index: CheckpointIndex
+    matched: MatchedCheckpoint
+    entries: Mapping[str, Entry]  # by the name that is written
+    shards: ShardPlan
+
+
+def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> Rewriting:
+    """Plan the files of weights; only config and headers are read.
+
+    Raises:
+        CheckpointError: the student is not whole.
+    """
+    index = open_index(student)
+    matched = match_checkpoint(config, index.tensors.values(), where=student)
+    entries = {entry.name: entry for entry in matched.entries}
+    planned = [
+        PlannedTensor(name, _dtype(entry, matched.weights[entry.param]), entry.shape)
+        for name, entry in entries.items()
+    ]
+    return Rewriting(student, index, matched, entries, plan_shards(planned, max_shard_bytes))
+
+
+def _dtype(entry: Entry, weight: Weight) -> str:
+    aligned = entry.template.startswith(_MIXERS)
+    return "F32" if aligned and entry.storage is Storage.FP32 else weight.dtype
+
+
+def write_weights(
+    target: Output, job: Rewriting, store: CalibrationStore, on_progress: ProgressCallback
+) -> None:
+    """Write the weights and all that is carried over, but the record of the conversion.
+
+    Args:
+        target: an open output.
+        job: the plan.
+        store: holds the mixers.
+        on_progress: told of bytes.
+    """
+    total, done = job.shards.total_size, 0
+    with WeightReader(job.index) as reader:
+        for shard in job.shards.shards:
+            with target.shard(shard) as writer:
+                for tensor in shard.tensors:
+                    on_progress(ProgressEvent(_STAGE, done, total, "bytes", tensor.name))
+                    writer.write(tensor.name, _bytes_of(job, tensor, reader, store))
+                    done += tensor.nbytes
+    on_progress(ProgressEvent(_STAGE, total, total, "bytes"))
+    for name in (CONFIG_FILE, *carried_files(job.folder)):
+        target.copy_file(job.folder / name)
+    target.write_index(job.shards)
+
+
+def _bytes_of(
+    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, store: CalibrationStore
+) -> Iterator[memoryview] | memoryview:
+    entry = job.entries[tensor.name]
+    if not entry.template.startswith(_MIXERS):
+        return reader.chunks(job.matched.weights[entry.param])
+    assert entry.layer_idx is not None
+    name = entry.param.removeprefix(f"layers.{entry.layer_idx}.")
+    made = store.tensor(aligned_name(entry.layer_idx), name)
+    return tensor_bytes(made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous())

@@ -1,0 +1,82 @@
+"""Gradient steps on one mixer: what they reach, and how they end when they fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kimi_convert.config.calibration import AlignRecipe
+from kimi_convert.conversion.calibration import peers
+from kimi_convert.conversion.calibration.align import align_mixer
+from kimi_convert.errors import VerificationError
+from tests.unit.conversion.calibration.fixed import planted
+
+
+@pytest.fixture
+def layer(tmp_path):
+    return planted(tmp_path)
+
+
+@pytest.fixture
+def student(layer):
+    return layer.student(peers.kil)
+
+
+def matrix():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(64, 32, generator=generator) / 8
+
+
+def align(student, x, y, **changes):
+    recipe = AlignRecipe(**{"steps": 40, "tokens_per_step": 192, **changes})
+    with torch.no_grad():
+        return align_mixer(student, matrix(), x, y, recipe, seed=0)
+
+
+def values_of(student):
+    return {name: value.clone() for name, value in student.parameters().items()}
+
+
+def test_loss_falls_and_tokens_are_counted(layer, student):
+    note = align(student, layer.given.x, layer.given.y)
+    assert note.losses[1] < 0.8 * note.losses[0]
+    assert note.tokens == 40 * 4 * 48
+
+
+def test_loss_does_not_depend_on_the_scale_of_the_layer(layer):
+    losses = []
+    for scale in (1.0, 1000.0):
+        layer.given.generator.manual_seed(0)
+        student = layer.student(peers.kil)
+        recipe = AlignRecipe(steps=12, tokens_per_step=192)
+        found = align_mixer(
+            student,
+            scale * matrix(),
+            layer.given.x,
+            scale * layer.given.y,
+            recipe,
+            seed=0,
+        )
+        losses.append(found.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_ends_it_and_changes_nothing(layer, student, value):
+    before = values_of(student)
+    y = layer.given.y.clone()
+    y[:, 5] = value
+    with pytest.raises(VerificationError, match="alignment diverges") as caught:
+        align(student, layer.given.x, y)
+    assert caught.value.exit_code == 6
+    assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
+
+
+def test_loss_that_grows_ends_it_and_changes_nothing(layer, student):
+    x = layer.given.x
+    nearly = student.features(x) @ matrix()  # what the mixer gives already, but for a little
+    y = nearly + 0.01 * torch.randn_like(nearly)
+    before = values_of(student)
+    with pytest.raises(VerificationError, match="alignment diverges"):
+        align(student, x, y, learning_rate=1.0)
+    assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
