@@ -53,6 +53,12 @@ def run_measured(command: Sequence[object]) -> Cost:
         )
 
 
+def wait_for_peak(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process; return the peak of its resident set in bytes."""
+    _, usage = _wait(process)
+    return usage.ru_maxrss * _RSS_UNIT_BYTES
+
+
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]:
     try:
         _, status, usage = os.wait4(process.pid, 0)
