@@ -16,6 +16,7 @@ from typing import cast
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.deepseek import SOURCE_TYPES, deepseek_to_json, parse_deepseek
+from kimi_convert.config.descendants import refuse_descendant
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.kimi_linear import TARGET_TYPE, kimi_linear_to_json, parse_kimi_linear
 from kimi_convert.config.limits import shown
@@ -69,6 +70,7 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
     Raises:
         ConfigError: see `read_config`.
     """
+    refuse_descendant(document, where=where)
     fields = Fields(_text_model(document, where), where=where)
     model_type = fields.text("model_type", default="")
     parse = _PARSERS.get(model_type)

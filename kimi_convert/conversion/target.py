@@ -7,11 +7,15 @@ from dataclasses import replace
 from kimi_convert.config.architecture import KdaConfig, ModelConfig, MoeConfig, TopkMethod
 from kimi_convert.config.deepseek import SOURCE_TYPES
 from kimi_convert.config.kimi_linear import TARGET_TYPE
+from kimi_convert.config.output_format import AS_SOURCE, MtpLayers, OutputFormat, TargetDtype
+from kimi_convert.config.quantization import fp8_quantization
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.errors import ConfigError, RecipeError
 
 
-def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
+def target_config(
+    source: ModelConfig, recipe: Recipe, output_format: OutputFormat = AS_SOURCE
+) -> ModelConfig:
     """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
 
     Raises:
@@ -30,7 +34,10 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
             found=f"{source.num_layers} layers, all kept",
             hint="List fewer layers under `layers.keep`.",
         )
+    kept_mtp = output_format.mtp is MtpLayers.KEEP
     return ModelConfig(
+        num_mtp_layers=source.num_mtp_layers if kept_mtp else 0,
+        quantization=_quantization(source, output_format),
         model_type=TARGET_TYPE,
         hidden_size=source.hidden_size,
         num_layers=source.num_layers,
@@ -55,6 +62,17 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
         eos_token_ids=source.eos_token_ids,
         pad_token_id=source.pad_token_id,
     )
+
+
+def _quantization(source: ModelConfig, output_format: OutputFormat) -> dict[str, object] | None:
+    if output_format.dtype is not TargetDtype.FP8:
+        return None
+    layers = range(source.num_layers)
+    mixers = (f"model.layers.{layer_idx}.self_attn" for layer_idx in layers)
+    routers = (
+        f"model.layers.{layer_idx}.block_sparse_moe.gate" for layer_idx in source.moe_layers
+    )
+    return fp8_quantization((*mixers, *routers, "lm_head"))
 
 
 def _target_moe(moe: MoeConfig | None) -> MoeConfig | None:

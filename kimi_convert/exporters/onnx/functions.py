@@ -1,4 +1,4 @@
-"""KDA's two operators in ONNX: the nodes of each target, and their bodies in standard operators.
+"""Bodies of KDA's two operators as ONNX functions.
 
     short convolution   y = silu(causal depthwise convolution of x), with the last W - 1 inputs kept
     delta rule          S_t = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T,  o = scale S_t^T q
@@ -17,11 +17,17 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from kimi_convert.exporters.onnx.builder import END, GraphBuilder, reference
-from kimi_convert.exporters.onnx.options import CustomBody, OnnxOptions, Target
+from kimi_convert.exporters.onnx.domains import DOMAIN_VERSIONS, KIMI, MICROSOFT
 
-MICROSOFT = "com.microsoft"
-KIMI = "ai.kimi"
-DOMAIN_VERSIONS: Mapping[str, int] = {MICROSOFT: 1, KIMI: 1}
+# Doc strings of the functions in a file; docs/formats/onnx.md has the same as tables.
+_DELTA_RULE_DOC = """\
+Kimi Delta Attention, token by token: S_t = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T and
+o = scale S_t^T q. Packed heads: q, k, g [B, T, H K], v [B, T, H V], beta [B, T, H]; states [B, H, K, V].
+q and k have unit length per head; g is the natural log of the decay per key channel; beta is in (0, 1).
+All fp32. Attributes: the number of heads H, and scale."""
+_CONV_DOC = """\
+SiLU of a causal depthwise convolution of {layout}, weight [C, 1, W], whose tap W - 1 meets the current
+token. States [B, C, W - 1] are the last inputs, the oldest first."""
 
 _INT, _FLOAT = ir.AttributeType.INT, ir.AttributeType.FLOAT
 
@@ -35,97 +41,6 @@ class DeltaRuleInputs(NamedTuple):
     state: ir.Value  # [B, H, K, V] fp32
     g: ir.Value  # [B, T, H K], natural log, <= 0
     beta: ir.Value  # [B, T, H], in (0, 1)
-
-
-class Stateful(NamedTuple):
-    """An operator's output, and what the next call continues from."""
-
-    output: ir.Value
-    state: ir.Value
-
-
-class KdaOperators:
-    """The nodes that one export writes for KDA, and the functions that come with them."""
-
-    def __init__(self, options: OnnxOptions, *, channels: int, conv_size: int) -> None:
-        """Choose the nodes; `channels` and `conv_size` are those of every KDA layer."""
-        self._options = options
-        self._channels = channels
-        self._conv_size = conv_size
-
-    def short_conv(
-        self, g: GraphBuilder, x: ir.Value, weight: ir.Value, past: ir.Value
-    ) -> Stateful:
-        """Convolve x [B, T, C] with weight [C, 1, W], after past [B, C, W - 1]; then SiLU."""
-        if self._options.target is Target.CUSTOM:
-            attributes = {"activation": "silu", "channels": self._channels}
-            return Stateful(
-                *g.ops(
-                    "KimiShortConv",
-                    *(x, weight, past),
-                    attributes=attributes,
-                    domain=KIMI,
-                    names=("convolved", "conv_state"),
-                )
-            )
-        output, state = g.ops(
-            "CausalConvWithState",
-            *(g.transpose(x, 0, 2, 1), weight, None, past),
-            attributes={"activation": "silu"},
-            domain=self._domain,
-            names=("convolved", "conv_state"),
-        )
-        return Stateful(g.transpose(output, 0, 2, 1), state)
-
-    def delta_rule(
-        self, g: GraphBuilder, x: DeltaRuleInputs, *, num_heads: int, scale: float
-    ) -> Stateful:
-        """Run the recurrence over the T tokens."""
-        if self._options.target is Target.CUSTOM:
-            return Stateful(
-                *g.ops(
-                    "KimiDeltaAttention",
-                    *(x.q, x.k, x.v, x.g, x.beta, x.state),
-                    attributes={"num_heads": num_heads, "scale": scale},
-                    domain=KIMI,
-                    names=("mixed", "state"),
-                )
-            )
-        attributes = {
-            "q_num_heads": num_heads,
-            "kv_num_heads": num_heads,
-            "update_rule": "gated_delta",
-            "scale": scale,
-        }
-        return Stateful(
-            *g.ops(
-                "LinearAttention",
-                *(x.q, x.k, x.v, x.state, x.g, x.beta),
-                attributes=attributes,
-                domain=self._domain,
-                names=("mixed", "state"),
-            )
-        )
-
-    def functions(self) -> tuple[ir.Function, ...]:
-        """Return the bodies that the file brings along."""
-        opset = self._options.opset
-        if self._options.target is Target.ONNX27:
-            return ()
-        microsoft = (
-            linear_attention_function(opset),
-            causal_conv_function(opset, channels=self._channels, conv_size=self._conv_size),
-        )
-        if self._options.target is Target.ORT:
-            return microsoft
-        if self._options.custom_body is CustomBody.PORTABLE:
-            return (delta_attention_function(opset), short_conv_function(opset, self._conv_size))
-        nested = (nested_delta_attention_function(opset), nested_short_conv_function(opset))
-        return (*microsoft, *nested)  # the reference evaluator reads them in order
-
-    @property
-    def _domain(self) -> str:
-        return MICROSOFT if self._options.target is Target.ORT else ""
 
 
 def linear_attention_function(opset: int) -> ir.Function:
@@ -148,6 +63,7 @@ def linear_attention_function(opset: int) -> ir.Function:
             "update_rule": ir.AttributeType.STRING,
             "scale": _FLOAT,
         },
+        doc=_DELTA_RULE_DOC,
     )
 
 
@@ -170,6 +86,7 @@ def causal_conv_function(opset: int, *, channels: int, conv_size: int) -> ir.Fun
         inputs=("input", "weight", "bias", "past_state"),
         outputs=("output", "present_state"),
         attributes={"activation": ir.AttributeType.STRING},
+        doc=_CONV_DOC.format(layout="input [B, C, T]"),
     )
 
 
@@ -248,6 +165,7 @@ def _kimi_delta_attention(opset: int, body: _Body) -> ir.Function:
         inputs=("q", "k", "v", "g", "beta", "past_state"),
         outputs=("o", "present_state"),
         attributes={"num_heads": _INT, "scale": _FLOAT},
+        doc=_DELTA_RULE_DOC,
     )
 
 
@@ -259,6 +177,7 @@ def _kimi_short_conv(opset: int, body: _Body) -> ir.Function:
         inputs=("x", "weight", "past_state"),
         outputs=("y", "present_state"),
         attributes={"activation": ir.AttributeType.STRING, "channels": _INT},
+        doc=_CONV_DOC.format(layout="x [B, T, C]") + " Attributes: activation (silu) and C.",
     )
 
 
@@ -270,6 +189,7 @@ def _function(
     inputs: Sequence[str],
     outputs: Sequence[str],
     attributes: Mapping[str, ir.AttributeType],
+    doc: str,
 ) -> ir.Function:
     builder = GraphBuilder(opset=opset, in_function=True)
     given = [ir.Value(name=name) for name in inputs]
@@ -281,11 +201,13 @@ def _function(
     }
     graph = ir.Graph(given, made, nodes=builder.nodes, opset_imports=imports)
     declared = [ir.Attr(name, kind, None) for name, kind in attributes.items()]
-    return ir.Function(*identity, graph=graph, attributes=declared)
+    function = ir.Function(*identity, graph=graph, attributes=declared)
+    function.doc_string = doc
+    return function
 
 
 def _last(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:
-    return g.slice(x, -count, END, axis=-1)
+    return g.slice(x, -count or END, END, axis=-1)
 
 
 def _scan_delta_rule(

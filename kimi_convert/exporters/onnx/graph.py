@@ -14,15 +14,21 @@ from onnx.helper import find_min_ir_version_for
 
 from kimi_convert import __version__
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.exporters.onnx.domains import DOMAIN_VERSIONS
 from kimi_convert.exporters.onnx.feed_forward import feed_forward
-from kimi_convert.exporters.onnx.functions import DOMAIN_VERSIONS, KdaOperators
 from kimi_convert.exporters.onnx.kda import kda_mixer
 from kimi_convert.exporters.onnx.mla import AttentionContext, attention_context, mla_mixer
 from kimi_convert.exporters.onnx.model_builder import BATCH, FLOAT, SEQUENCE, ModelBuilder
+from kimi_convert.exporters.onnx.operators import KdaOperators
 from kimi_convert.exporters.onnx.options import MatrixRole, OnnxOptions
 from kimi_convert.exporters.onnx.weights import WeightStore
 
 LOGITS = "logits"
+
+_DOC = """\
+A language model with states. input_ids [B, T] are the new tokens; attention_mask [B, S] covers all S tokens
+seen, these included, 0 for padding on the left. Start with zeros in conv_state, recurrent_state, and no rows
+in key, value and latent; give each present.N.x as past_key_values.N.x of the next call."""
 
 
 def build_model(config: ModelConfig, options: OnnxOptions, store: WeightStore) -> ir.Model:
@@ -50,6 +56,7 @@ def build_model(config: ModelConfig, options: OnnxOptions, store: WeightStore) -
         ir_version=_ir_version(options.opset),
         producer_name="kimi-convert",
         producer_version=__version__,
+        doc_string=_DOC,
         functions=functions,
     )
 
@@ -97,7 +104,8 @@ def _mix(
 def _token_mask(m: ModelBuilder) -> ir.Value:
     """Return [N, 1]: 1 for tokens, 0 for padding."""
     with m.scope("tokens"):
-        return m.reshape(m.cast(m.last_tokens(m.attention_mask), m.dtype), -1, 1)
+        mask = m.cast(m.last_tokens(m.attention_mask), m.dtype)
+        return m.op("Reshape", mask, m.integers(-1, 1), name="is_token")
 
 
 def _logits(m: ModelBuilder, hidden: ir.Value) -> ir.Value:

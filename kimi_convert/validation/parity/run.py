@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,9 @@ from kimi_convert.validation.parity.compare import (
 )
 from kimi_convert.validation.parity.greedy import compare_greedy
 from kimi_convert.validation.parity.numerics_of import differing, effective
-from kimi_convert.validation.parity.oracles.process import OracleFailedError
+from kimi_convert.validation.parity.oracles.process import OracleDeclinedError, OracleFailedError
 from kimi_convert.validation.parity.pairs import Row, compare_pairs, kept_row
+from kimi_convert.validation.parity.problem import Problem, Runner
 from kimi_convert.validation.parity.report import (
     Absent,
     ImplementationResult,
@@ -32,9 +34,9 @@ from kimi_convert.validation.parity.report import (
 from kimi_convert.validation.parity.runners import (
     REFERENCE,
     RUNNERS,
-    Problem,
-    Runner,
     artifact_runner,
+    graph_runners,
+    is_graph,
 )
 from kimi_convert.validation.parity.spectrum import decay_spectra
 from kimi_convert.validation.parity.torch_model import (
@@ -104,8 +106,9 @@ def compare_implementations(
     config = read_config(checkpoint)
     tokens = _tokens(checkpoint, config, text=text, options=options)
     runners = [
-        artifact_runner(Path(path), rounded=rounded_dtype(checkpoint, config, Path(path)))
-        for path in artifacts
+        runner
+        for path, name in _named([Path(path) for path in artifacts])
+        for runner in _artifact_runners(checkpoint, config, path, name=name)
     ]
     runners += [r for r in RUNNERS if not options.against or r.name in options.against]
     references = _References(checkpoint, config, tokens, options, on_progress)
@@ -134,6 +137,21 @@ def compare_implementations(
         decay=decay_spectra(references.trace(SERVED)),
         environment=this_environment(),
     )
+
+
+def _named(artifacts: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Give each artifact the name of its folder, or its path where that is taken."""
+    taken = Counter([path.name for path in artifacts] + [r.name for r in RUNNERS] + [REFERENCE])
+    return [(path, path.name if taken[path.name] == 1 else str(path)) for path in artifacts]
+
+
+def _artifact_runners(
+    checkpoint: Path, config: ModelConfig, artifact: Path, *, name: str
+) -> list[Runner]:
+    if is_graph(artifact):
+        return graph_runners(artifact, name=name)
+    rounded = rounded_dtype(checkpoint, config, artifact)
+    return [artifact_runner(artifact, name=name, rounded=rounded)]
 
 
 def _tokens(
@@ -235,11 +253,13 @@ def _run_all(
                         trace,
                         expected,
                         numerics=runner.numerics,
-                        dtype=runner.dtype,
+                        dtype=trace.dtype or runner.dtype,
                         config=problem.config,
                     )
                 )
                 started = time.perf_counter()
+        except OracleDeclinedError as error:
+            absent.append(Absent(name=runner.name, why=str(error), failed=False))
         except OracleFailedError as error:
             absent.append(Absent(name=runner.name, why=str(error), failed=True))
     return results, rows, absent
@@ -253,22 +273,23 @@ def _judge(
     references: _References,
     seconds: float,
 ) -> ImplementationResult:
+    dtype = trace.dtype or runner.dtype
     comparison = compare_traces(
         trace,
         references.trace(runner.numerics),
-        dtype=runner.dtype,
+        dtype=dtype,
         config=problem.config,
     )
     greedy = None
     if trace.greedy is not None:
         expected = references.greedy(runner.numerics, problem.prompt)
         greedy = compare_greedy(trace.greedy, expected, bound=comparison.bound)
-    mine = effective(runner.numerics, problem.config, runner.dtype)
-    served = effective(SERVED, problem.config, runner.dtype)
+    mine = effective(runner.numerics, problem.config, dtype)
+    served = effective(SERVED, problem.config, dtype)
     return ImplementationResult(
         name=name,
         what=runner.what,
-        dtype=str(runner.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         numerics={f: str(getattr(mine, f)) for f in differing(mine, served)},
         comparison=comparison,
         rerouted=trace.rerouted,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import threading
 
 import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from kimi_convert.checkpoints.disk import write_all
+from kimi_convert.checkpoints.origin import read_origin
 from kimi_convert.errors import HubError, OutputError, ResourceError, UsageError
 from kimi_convert.hub import download_checkpoint, fetch_job, transfer
 from kimi_convert.hub.transfer import PIECE_BYTES
@@ -111,6 +113,7 @@ def test_cache_of_huggingface_hub_is_checked_and_used(hub, repository):
 
 
 def test_damaged_blob_of_another_program_is_fetched_again(hub, repository, wanted, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     hub.fault(f"GET .*{SHARD}", flip=4000)
     folder = snapshot_download(NAME, allow_patterns=list(WANTED), endpoint=hub.url)
     result = download_checkpoint(NAME)
@@ -131,13 +134,35 @@ def test_revision_is_pinned(hub, repository, tmp_path, revision):
     assert b"deepseek_v3" in (tmp_path / "out" / "config.json").read_bytes()
 
 
-def test_new_commit_replaces_what_changed_alone(hub, repository, tmp_path):
+def test_new_commit_replaces_what_changed_alone(hub, repository, tmp_path, wanted):
     download_checkpoint(NAME, local_dir=tmp_path / "out")
     repository.seed({"config.json": b'{"model_type": "other"}'})
-    before = hub.sent("resolve")
     download_checkpoint(NAME, local_dir=tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == b'{"model_type": "other"}'
-    assert hub.sent("resolve") == before + len(b'{"model_type": "other"}')
+    assert hub.sent("safetensors$") == sum(len(wanted[name]) for name in wanted if "-of-" in name)
+
+
+def test_update_that_breaks_off_leaves_no_mixture_that_loads(hub, repository, tmp_path):
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    repository.seed({name: repository.read(name)[:-4] + b"new!" for name in shards})
+    hub.fault(f"GET .*{shards[1]}", times=9, status=403)
+    with pytest.raises(HubError):
+        download_checkpoint(NAME, local_dir=tmp_path / "out", max_workers=1)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"config.json", "model.safetensors.index.json"} & left
+    hub.faults.clear()
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == {name: repository.read(name) for name in WANTED}
+
+
+def test_some_files_of_another_commit_leave_the_checkpoint_loadable(hub, repository, tmp_path):
+    first = repository.head
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    repository.seed({"README.md": b"new"})
+    download_checkpoint(NAME, local_dir=tmp_path / "out", include=["README.md"])
+    assert set(contents(tmp_path / "out")) == WANTED
+    assert read_origin(tmp_path / "out").commit == first
 
 
 def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):
@@ -146,6 +171,7 @@ def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):
     with pytest.raises(OutputError, match="in the way"):
         download_checkpoint(NAME, local_dir=tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text("utf-8") == "mine"
+    assert not hub.asked("GET .*safetensors$")
 
 
 def test_include_and_exclude_choose_files(hub, repository, tmp_path):
@@ -225,6 +251,7 @@ def test_next_run_keeps_whole_pieces(hub, tmp_path):
 
 
 def test_part_that_is_damaged_is_fetched_anew(hub, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     data = big_repository(hub, 3 << 20)
     hub.fault("GET .*model.safetensors", cut=2 * PIECE_BYTES)
     hub.fault("GET .*model.safetensors", times=9, status=403)

@@ -11,8 +11,9 @@ from kimi_convert.validation.parity.oracles.process import (
     OracleRequest,
     ask_oracle,
 )
+from kimi_convert.validation.parity.process_runners import OracleRunner
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
-from kimi_convert.validation.parity.runners import RUNNERS, OracleRunner
+from kimi_convert.validation.parity.runners import RUNNERS
 from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -47,8 +48,19 @@ def test_artifact_is_compared_under_its_folders_name(checkpoint, tmp_path):
     assert report.passed
 
 
+def test_artifacts_whose_names_are_taken_go_by_their_paths(checkpoint, tmp_path):
+    for name in ("one/out", "other/out", "decode"):
+        run_here("export", "safetensors", checkpoint, tmp_path / name)
+    artifacts = [tmp_path / name for name in ("one/out", "other/out", "decode")]
+    options = ParityOptions(against=("torch",), tokens=8, new_tokens=0)
+    report = compare_implementations(checkpoint, artifacts, options=options)
+    assert [one.name for one in report.implementations] == list(map(str, artifacts))
+
+
 def test_library_that_is_not_there_is_said_to_be_absent(checkpoint, monkeypatch):
-    monkeypatch.setattr("kimi_convert.validation.parity.runners.find_spec", lambda package: None)
+    monkeypatch.setattr(
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: None
+    )
     options = ParityOptions(against=("transformers",), tokens=20)
     with pytest.raises(UsageError, match="transformers cannot run here") as caught:
         compare_implementations(checkpoint, options=options)
@@ -67,9 +79,9 @@ def test_library_that_fails_makes_parity_fail(checkpoint, monkeypatch):
     def fail(module, request):
         raise OracleFailedError("ValueError: no such tensor")
 
-    monkeypatch.setattr("kimi_convert.validation.parity.runners.ask_oracle", fail)
+    monkeypatch.setattr("kimi_convert.validation.parity.process_runners.ask_oracle", fail)
     monkeypatch.setattr(
-        "kimi_convert.validation.parity.runners.find_spec", lambda package: object()
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: object()
     )
     done = run_here("parity", checkpoint, "--against", "mlx-lm", "--tokens", 20)
     assert done.returncode == 6
@@ -83,6 +95,17 @@ def test_process_that_fails_gives_its_last_words(tmp_path):
         patch.setitem(os.environ, "PYTHONPATH", str(tmp_path))
         with pytest.raises(OracleFailedError, match=r"^no such model$"):
             ask_oracle("saying", request)
+
+
+def test_process_does_not_import_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('taken over')\n")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "asking.py").write_text("import torch, sys\nsys.exit('as it was')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "there"))
+    request = OracleRequest(folder="", tokens=[[1]], forms=["prefill"], prompt=[], new_tokens=0)
+    with pytest.raises(OracleFailedError, match="as it was"):
+        ask_oracle("asking", request)
 
 
 @pytest.mark.parametrize(
