@@ -24,6 +24,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.kernels.backend import Backend, resolve_backend
 from kimi_convert.model.backend import use_backend
+from kimi_convert.model.bailing_hybrid import BailingHybrid
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.kimi_linear import KimiLinear
 from kimi_convert.model.language_model import Head
@@ -33,11 +34,13 @@ from kimi_convert.model.names.layout import match_checkpoint
 from kimi_convert.model.norm import RmsNorm
 from kimi_convert.model.numerics import SERVED, Numerics
 
-_MODELS: Mapping[str, type[KimiLinear | MlaTransformer]] = {
+Model = KimiLinear | MlaTransformer | BailingHybrid
+_MODELS: Mapping[str, type[Model]] = {
     "deepseek_v2": MlaTransformer,
     "deepseek_v3": MlaTransformer,
     "kimi_k2": MlaTransformer,
     "kimi_linear": KimiLinear,
+    "bailing_hybrid": BailingHybrid,
 }
 
 
@@ -48,7 +51,7 @@ def load_model(
     device: torch.device | str = "cpu",
     numerics: Numerics = SERVED,
     backend: Backend | str | None = None,
-) -> KimiLinear | MlaTransformer:
+) -> Model:
     """Load a whole checkpoint. Its parameters are frozen: unfreeze what is to be trained.
 
     Args:
@@ -145,7 +148,7 @@ class LayerLoader:
         self._fill(head, "embed." if self.config.tie_word_embeddings else "head.")
         return head
 
-    def whole_model(self) -> KimiLinear | MlaTransformer:
+    def whole_model(self) -> Model:
         """Load everything."""
         with _Unfilled(), torch.device("meta"):
             model = _MODELS[self.config.model_type](self.config, self.numerics, dtype=self.dtype)
