@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kimi_convert.config.architecture import KdaConfig, ModelConfig, MoeConfig, TopkMethod
+from kimi_convert.config.architecture import (
+    KdaConfig,
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    Scoring,
+    TopkMethod,
+)
+from kimi_convert.config.bailing_hybrid import LOWER_BOUND
 from kimi_convert.config.deepseek import SOURCE_TYPES
-from kimi_convert.config.kimi_linear import TARGET_TYPE
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.errors import ConfigError, RecipeError
 
 
@@ -15,11 +23,12 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
     """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
 
     Raises:
-        ConfigError: the source is a hybrid already, or has heads or routing that
-            the Kimi-Linear format cannot hold.
+        ConfigError: the source is a hybrid already, or has heads, routing or a rotation that the
+            format cannot hold.
         RecipeError: the recipe keeps layers that the source does not have, or keeps all.
     """
     _check_convertible(source)
+    _check_format(source, recipe.output_format)
     mla = source.mla
     kept = set(recipe.kept_layers(source.num_layers))
     kda_layers = tuple(i for i in range(source.num_layers) if i not in kept)
@@ -31,19 +40,15 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
             hint="List fewer layers under `layers.keep`.",
         )
     return ModelConfig(
-        model_type=TARGET_TYPE,
+        model_type=recipe.output_format,
         hidden_size=source.hidden_size,
         num_layers=source.num_layers,
         vocab_size=source.vocab_size,
         intermediate_size=source.intermediate_size,
         rms_norm_eps=source.rms_norm_eps,
         max_positions=source.max_positions,
-        mla=replace(mla, rope=None),
-        kda=KdaConfig(
-            num_heads=mla.num_heads,
-            head_dim=mla.v_head_dim,
-            conv_size=recipe.short_conv_size,
-        ),
+        mla=_target_mla(mla, recipe.output_format),
+        kda=_target_kda(mla, recipe),
         kda_layers=kda_layers,
         moe=_target_moe(source.moe),
         # transformers, vLLM, SGLang and llama.cpp tie nothing in this format: the output matrix is
@@ -54,6 +59,23 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
         pad_token_id=source.pad_token_id,
+    )
+
+
+def _target_mla(mla: MlaConfig, form: TargetFormat) -> MlaConfig:
+    if form is TargetFormat.BAILING_HYBRID:
+        return replace(mla, gated=True)
+    return replace(mla, rope=None)
+
+
+def _target_kda(mla: MlaConfig, recipe: Recipe) -> KdaConfig:
+    ling = recipe.output_format is TargetFormat.BAILING_HYBRID
+    return KdaConfig(
+        num_heads=mla.num_heads,
+        head_dim=mla.v_head_dim,
+        conv_size=recipe.short_conv_size,
+        full_rank_gates=ling,
+        lower_bound=LOWER_BOUND if ling else None,
     )
 
 
@@ -84,3 +106,23 @@ def _check_convertible(source: ModelConfig) -> None:
             found=source.moe.topk_method,
             hint="Its loaders rank a group by its two best experts, this model by its best one.",
         )
+
+
+def _check_format(source: ModelConfig, form: TargetFormat) -> None:
+    """Refuse what Ling-3's config.json has no words for."""
+    if form is not TargetFormat.BAILING_HYBRID:
+        return
+    rope, moe = source.mla.rope, source.moe
+    needs = (
+        (rope is not None and rope.interleaved, "a rotation of neighbouring dims", "halves"),
+        (moe is None or moe.scoring is Scoring.SIGMOID, "routing by sigmoid", "softmax"),
+        (moe is None or moe.layer_freq == 1, "experts in every layer that is not dense", "fewer"),
+    )
+    for holds, expected, found in needs:
+        if not holds:
+            raise ConfigError(
+                f"the {form} format cannot hold this model",
+                expected=expected,
+                found=found,
+                hint=f"Leave the format at {TargetFormat.KIMI_LINEAR}.",
+            )

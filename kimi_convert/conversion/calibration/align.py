@@ -27,7 +27,16 @@ _AVERAGED = 10
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
 # is a logarithm. Chosen on calibration text of the bundled checkpoint.
 _OWN_RMS = 16.0
-_ABSOLUTE = {"A_log": 4.0, "dt_bias": 4.0, "f_b.weight": 1.0, "g_b.weight": 1.0}
+_ABSOLUTE = {
+    "A_log": 4.0,
+    "dt_bias": 4.0,
+    "f_b.weight": 1.0,
+    "g_b.weight": 1.0,
+    # Of Ling-3, on all dims of the input instead of a few strong directions: a guess.
+    "f.weight": 0.25,
+    "g.weight": 0.25,
+    "gate.weight": 0.25,
+}
 _OF_OWN_RMS = {
     "q_conv.weight": 2.0,
     "k_conv.weight": 2.0,

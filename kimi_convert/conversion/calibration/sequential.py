@@ -30,6 +30,7 @@ from kimi_convert.conversion.calibration.students import (
     KdaStudent,
     MlaStudent,
     Student,
+    kept_output,
     kept_parameters,
 )
 from kimi_convert.conversion.calibration.study import part_name
@@ -151,7 +152,7 @@ class _Solver:
         if student.prefix == "kda.":
             return searched["kda.o.weight"].T
         assert self.layer.mla is not None
-        return self.layer.mla.o.weight.float().T
+        return kept_output(self.given.config, self.layer.mla)
 
 
 def _without_output(
@@ -165,6 +166,6 @@ def _without_output(
     if layer_idx in given.config.kda_layers:
         return KdaStudent(given.config, {name: value.to(device) for name, value in part.items()})
     lags = part["lags"].to(device) if given.fold and "lags" in part else None
-    kept = kept_parameters(layer.mla, lags)
+    kept = kept_parameters(given.config, layer.mla, lags)
     fitted = {name: value.to(device) for name, value in part.items() if name in kept}
     return MlaStudent(given.config, {**kept, **fitted})

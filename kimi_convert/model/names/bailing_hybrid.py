@@ -30,7 +30,14 @@ _KDA_NAMES = (
     _kda("b.weight", "b_proj.weight", "kda_heads", "hidden"),
     _kda("g.weight", "g_proj.weight", "kda", "hidden"),
     _kda("o_norm.weight", "o_norm.weight", "kda_head_dim"),
-    _kda("o.weight", "o_proj.weight", "hidden", "kda"),
+    # transformers' saver names the output of both mixers alike; only it reads that back.
+    Name(
+        _KDA + "o.weight",
+        _ATTENTION + "o_proj.weight",
+        ("hidden", "kda"),
+        "kda",
+        aliases=(_ATTENTION + "dense.weight",),
+    ),
 )
 _MLA_GATE = Name(
     _MLA + "gate.weight", _ATTENTION + "g_proj.weight", ("mla_heads", "hidden"), "mla"
