@@ -45,6 +45,8 @@ _FEATURES = (
     ),
     Feature("validate, generate, demo", ("numpy", "tokenizers", "tiktoken"), "kimi-convert"),
     Feature("export onnx", ("onnx", "onnx-ir", "onnxruntime"), "kimi-convert[onnx]"),
+    Feature("download, publish, sources by name", ("huggingface_hub", "httpx2"), "kimi-convert"),
+    Feature("signatures", ("model-signing", "pyOpenSSL"), "kimi-convert[sign]"),
     Feature(
         "tests against other implementations", ("transformers", "mlx-lm"), "kimi-convert[oracles]"
     ),

@@ -49,6 +49,8 @@ class Output:
         self._results = _PipeConsole(highlight=False, soft_wrap=False)
         self._messages = _PipeConsole(stderr=True, highlight=False)
         level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+        # Read when it is imported: its warnings tell of what is told here in other words.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "info" if verbose else "error")
         logger = logging.getLogger(_LOGGER)
         logger.handlers = [_LogHandler(self._message)]
         logger.setLevel(level)

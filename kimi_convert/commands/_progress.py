@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
 from kimi_convert.commands._numbers import bytes_text
 from kimi_convert.config.progress import ProgressEvent
 
 _LINE_SECONDS = 10.0
+# With more bars than these, as for the files of a large download, finished ones leave the screen.
+_SHOWN_BARS = 12
 
 
 @dataclass(slots=True)
@@ -41,7 +43,10 @@ class ProgressLines:
 
 @dataclass(slots=True)
 class ProgressBar:
-    """One bar for each stage; the bar of a finished stage stays. A context manager."""
+    """One bar for each stage; the bar of a finished stage stays, unless there are many.
+
+    A context manager.
+    """
 
     console: Console
     _bars: dict[str, TaskID] = field(default_factory=dict[str, TaskID])
@@ -57,6 +62,11 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=self.console,
         )
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Every bar, shown or not."""
+        return self._progress.tasks
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -76,6 +86,7 @@ class ProgressBar:
             completed=event.done,
             total=max(event.total, 1),
             amounts=_amounts(event),
+            visible=event.done < event.total or len(self._bars) <= _SHOWN_BARS,
         )
 
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """A folder to convert, and what writes from it."""
+    """A folder to convert, what to call it, and what writes from it."""
 
     folder: Path
+    name: Path
     runner: Runner
 
 
@@ -37,7 +38,8 @@ def open_whole(
 
     if reference_of(source) is not None:
         plan_source(source, recipe, limit=limit)
-    yield Opened(fetch_source(source, on_progress=on_progress), runner)
+    folder = fetch_source(source, on_progress=on_progress)
+    yield Opened(folder, folder, runner)
 
 
 @contextmanager
@@ -57,7 +59,8 @@ def open_streamed(
 
     reference = _streamable(reference_of(source), recipe, runner)
     with streamed_source(reference, output, on_progress=on_progress) as streamed:
-        yield Opened(streamed.folder, OneByOne(streamed.weights))
+        name = Path(streamed.weights.transfer.snapshot.name)
+        yield Opened(streamed.folder, name, OneByOne(streamed.weights))
 
 
 def _streamable(reference: Reference | None, recipe: Recipe, runner: Runner) -> Reference:

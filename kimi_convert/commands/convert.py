@@ -146,6 +146,7 @@ def convert(
             runner=opened.runner,
             on_progress=on_progress,
         )
+    result = replace(result, plan=result.plan.named(opened.name))
     output.show(result, lambda: conversion_report(result))
 
 

@@ -64,6 +64,18 @@ QuantizeOpt = Annotated[
 LastLogitsOpt = Annotated[
     bool, typer.Option("--last-logits", help="Give logits of the last position alone.")
 ]
+OpsetOpt = Annotated[
+    int | None,
+    typer.Option(help="Of the standard's operators; by default the oldest.", show_default=False),
+]
+RuntimeOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERSION",
+        help="Oldest ONNX Runtime that shall load the graph, such as 1.24.",
+        show_default=False,
+    ),
+]
 TextOpt = Annotated[
     Path | None,
     typer.Option(
@@ -85,6 +97,8 @@ def onnx(
     precision: PrecisionOpt = Precision.FP32,
     quantize: QuantizeOpt = None,
     last_logits: LastLogitsOpt = False,
+    opset: OpsetOpt = None,
+    runtime: RuntimeOpt = None,
     text: TextOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -100,6 +114,8 @@ def onnx(
         precision=precision,
         quantize=quantize,
         last_logits=last_logits,
+        opset_version=opset,
+        runtime=runtime,
     )
     folder = options.output_folder(checkpoint, output_folder)
     require_onnx()

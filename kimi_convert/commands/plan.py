@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,7 @@ def plan_source(source: Path, recipe: Recipe, *, limit: int) -> ConversionPlan:
 
     with open_headers(source) as opened:
         made = plan_conversion(opened.folder, recipe, max_shard_bytes=limit)
-    return replace(made, index=replace(made.index, folder=opened.name))
+    return made.named(opened.name)
 
 
 def plan_report(plan: ConversionPlan) -> Report:

@@ -14,6 +14,7 @@ from kimi_convert.commands._report import Facts, Report, Section, Sentence, Tabl
 
 if TYPE_CHECKING:
     from kimi_convert.hub import PublishResult
+    from kimi_convert.hub.publish_plan import PublishPlan
 
 EXAMPLE = "kimi-convert publish ./hybrid my-org/Moonlight-KDA --private --tag v1"
 
@@ -81,7 +82,12 @@ def publish(
     )
     with output.progress() as on_progress:
         result = publish_checkpoint(
-            folder, repository, options=options, dry_run=dry_run, on_progress=on_progress
+            folder,
+            repository,
+            options=options,
+            dry_run=dry_run,
+            on_plan=lambda plan: output.note(_announcement(plan)),
+            on_progress=on_progress,
         )
     output.show(result, lambda: publish_report(result))
 
@@ -111,11 +117,19 @@ def publish_report(result: PublishResult) -> Report:
     )
     sections: list[Section] = [
         Facts(title, tuple(facts)),
-        Table("Files", ("file", "size", "state"), rows, right=("size",)),
+        Table("Files", ("file", "size", "change"), rows, right=("size",)),
     ]
     if not result.validated:
         sections.append(Sentence("No validation covers these files (--force).", warns=True))
     return sections
+
+
+def _announcement(plan: PublishPlan) -> str:
+    """Say in one line what is about to be done."""
+    size = _count(len(plan.upload), sum(file.nbytes for file in plan.upload))
+    removed = f"; to remove there: {', '.join(plan.remove)}" if plan.remove else ""
+    stays = f"; stays here: {', '.join(plan.left_out)}" if plan.left_out else ""
+    return f"to upload: {size}{removed}{stays}"
 
 
 def _count(count: int, nbytes: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_convert.commands._numbers import bytes_text, files_text
+from kimi_convert.commands._numbers import bytes_text, files_text, seconds_text
 from kimi_convert.commands._options import (
     BackendOpt,
     DeviceOpt,
@@ -24,6 +24,7 @@ from kimi_convert.commands._scores import models_table, scores_table, worth
 from kimi_convert.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from kimi_convert.validation.estimate import Estimate
     from kimi_convert.validation.report import (
         ConsistencyReport,
         Finding,
@@ -110,12 +111,25 @@ def validate(
             public_key=verify_signature,
             options=options,
             on_progress=on_progress,
+            on_estimate=lambda estimate: output.note(estimate_text(estimate)),
         )
         if record:
             write_record(report, checkpoint, on_progress=on_progress)
     output.show(report, lambda: validation_report(report))
     if not report.passed:
         raise typer.Exit(VerificationError.exit_code)
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """Return what is said before a validation starts."""
+    return (
+        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory, of which one layer "
+        f"{bytes_text(estimate.layer_bytes)}; {bytes_text(estimate.read_bytes)} to read in "
+        f"{estimate.passes} passes at {bytes_text(round(estimate.bytes_per_second))}/s, "
+        f"{estimate.operations / 1e9:.1f} GFLOP at "
+        f"{estimate.operations_per_second / 1e9:.0f} GFLOP/s: "
+        f"about {seconds_text(estimate.seconds)}"
+    )
 
 
 def _check_recordable(checkpoint: Path, record: bool) -> None:

@@ -66,6 +66,10 @@ class ConversionPlan:
         """Folder of the source."""
         return self.index.folder
 
+    def named(self, source: Path) -> ConversionPlan:
+        """Return the plan with another name for its source, where its folder is temporary."""
+        return replace(self, index=replace(self.index, folder=source))
+
     @property
     def read_bytes(self) -> int:
         """Bytes of every source tensor that is read, each counted once."""

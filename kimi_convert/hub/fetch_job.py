@@ -15,11 +15,9 @@ from pathlib import Path
 
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.checkpoints.weight_map import INDEX_FILE
-from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import OutputError, ResourceError
-from kimi_convert.hub.places import FolderPlace, Place
+from kimi_convert.hub.places import LAST_FILES, FolderPlace, Place
 from kimi_convert.hub.remote import RemoteFile
 from kimi_convert.hub.selection import Selection
 from kimi_convert.hub.transfer import Digest, StoppedError, Transfer, hash_file
@@ -27,9 +25,6 @@ from kimi_convert.hub.transfer import Digest, StoppedError, Transfer, hash_file
 _STAGE = "downloading"
 _REPORT_S = 0.1
 _POLL_S = 0.2
-# Without these no loader takes the folder: they come last.
-_LAST = (CONFIG_FILE, INDEX_FILE)
-
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +83,10 @@ class _Meter:
             self._of_file[file.path] = of_file
             self._tell(file.path, of_file, file.nbytes)
             self._tell(_STAGE, self.done, self.total)
+
+    def start(self) -> None:
+        """Tell of the whole before any file, so that its bar comes first."""
+        self.report(ProgressEvent(_STAGE, 0, self.total, "bytes"))
 
     def skip(self, file: RemoteFile) -> None:
         """Count a file that was there, without a word of its own."""
@@ -158,6 +157,11 @@ class Job:
         Raises:
             HubError, VerificationError, ResourceError, OutputError: see `download_checkpoint`.
         """
+        if len(self._done) < len(self._wanted):
+            self._check_in_the_way()
+            for path in self._place.take_apart(self._transfer.snapshot):
+                self._done.pop(path, None)
+        self._meter.start()
         for file in self._wanted:
             if file.path in self._done:
                 self._meter.skip(file)
@@ -203,6 +207,8 @@ class Job:
             return FetchedFile(file.path, file.nbytes, digest.sha256, was_there=True)
         if digest is not None:
             self._check_replaceable(file)
+            name = self._place.content(file)
+            _log.warning("%s is not what the repository lists; fetching it again", name)
         part = self._place.part(file)
         if file.path in self._known:
             sha256 = self._store(file, part, self._known[file.path])
@@ -231,22 +237,28 @@ class Job:
             return Digest(file)
         return hash_file(content, file, stop=self._transfer.stop)
 
+    def _check_in_the_way(self) -> None:
+        """Refuse, before anything is fetched, what is seen to be in the way by its size."""
+        for file in self._wanted:
+            content = self._place.content(file)
+            if content.exists() and _size(content) != file.nbytes:
+                self._check_replaceable(file)
+
     def _check_replaceable(self, file: RemoteFile) -> None:
         """Refuse to replace what may be a user's own work."""
         place, content = self._place, self._place.content(file)
-        if isinstance(place, FolderPlace) and not place.was_fetched(file):
+        if isinstance(place, FolderPlace) and not place.was_fetched(file.path):
             raise OutputError(
                 "a file of the folder is in the way: it is another than the repository's",
                 where=content,
                 hint="Move it away, or choose another folder with --local-dir.",
             )
-        _log.warning("%s is not what the repository lists; fetching it again", content)
 
 
 def _steps(files: Sequence[RemoteFile]) -> list[list[RemoteFile]]:
     """Return the files in groups: each is whole before the next is begun."""
-    first = [file for file in files if file.path not in _LAST]
-    return [first, *([file for file in files if file.path == name] for name in _LAST)]
+    first = [file for file in files if file.path not in LAST_FILES]
+    return [first, *([file for file in files if file.path == name] for name in LAST_FILES)]
 
 
 def _size(path: Path) -> int:

@@ -20,9 +20,14 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from kimi_convert.checkpoints.disk import disk_errors
-from kimi_convert.checkpoints.origin import ORIGIN_FILE
+from kimi_convert.checkpoints.origin import ORIGIN_FILE, read_origin
+from kimi_convert.checkpoints.weight_map import INDEX_FILE
+from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.hub.reference import is_commit
 from kimi_convert.hub.remote import RemoteFile, Snapshot
+
+# Without these no loader takes the folder: they come last.
+LAST_FILES = (CONFIG_FILE, INDEX_FILE)
 
 _LOCK_POLL_S = 0.05
 
@@ -59,6 +64,14 @@ class Place(ABC):
     @abstractmethod
     def show(self, file: RemoteFile) -> None:
         """Let a finished file appear under its name."""
+
+    def take_apart(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Make a checkpoint of another commit unloadable before files replace its own.
+
+        Returns:
+            The paths of the files that were removed; they are wanted again.
+        """
+        return ()
 
     def is_finished(self, file: RemoteFile) -> bool:
         """Tell whether the file is there, and as it was when its hash was found right."""
@@ -168,6 +181,19 @@ class FolderPlace(Place):
     def show(self, file: RemoteFile) -> None:
         """Do nothing: the file lies under its name."""
 
+    def take_apart(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Remove what makes the folder loadable, if it is of another commit."""
+        origin = read_origin(self.folder)
+        if origin is None or origin.commit == snapshot.commit:
+            return ()
+        removed = [
+            name for name in LAST_FILES if (self.folder / name).exists() and self.was_fetched(name)
+        ]
+        with disk_errors(self.folder, doing="write to the download folder"):
+            for name in removed:
+                (self.folder / name).unlink()
+        return tuple(removed)
+
     def note_origin(self, snapshot: Snapshot) -> None:
         """Write repository and commit beside the marks."""
         path = self.folder / ORIGIN_FILE
@@ -192,10 +218,10 @@ class FolderPlace(Place):
         # By path, not by hash: two files of the same content are two files here.
         return self._state / "verified" / f"{file.path}.{file.etag}"
 
-    def was_fetched(self, file: RemoteFile) -> bool:
+    def was_fetched(self, path: str) -> bool:
         """Tell whether what lies under the name came from a download, of whatever commit."""
-        name = self._state / "verified" / file.path
-        theirs = self._state.parent / "download" / f"{file.path}.metadata"
+        name = self._state / "verified" / path
+        theirs = self._state.parent / "download" / f"{path}.metadata"
         return theirs.exists() or any(name.parent.glob(f"{_escaped(name.name)}.*"))
 
 

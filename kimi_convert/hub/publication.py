@@ -1,8 +1,8 @@
 """The Hub's side of a publication: login, repository, upload, pull request, merge, tag.
 
-Uploading, hashing for LFS and xet are huggingface_hub's. Contents go up first, where nobody sees
-them; one commit then names all of them. What changes the repository is never tried twice blindly:
-a failure ends the run, and the next one looks what came of it.
+Contents go up first, where nobody sees them; one commit then names all of them. What changes the
+repository is never tried twice blindly: a failure ends the run, and the next one looks what came
+of it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
-from huggingface_hub.utils import disable_progress_bars
 
 from kimi_convert.checkpoints.messages import listed, quoted
-from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.config.progress import ProgressCallback
 from kimi_convert.errors import HubError, OutputError, VerificationError
-from kimi_convert.hub.failures import NETWORK_ERRORS, call, hub_error, without_secrets
-from kimi_convert.hub.publish_plan import LocalFile, PublishPlan, differences
+from kimi_convert.hub.failures import NETWORK_ERRORS, call, hub_error
+from kimi_convert.hub.publish_plan import PublishPlan, differences, foreign_changes
 from kimi_convert.hub.reference import DEFAULT_REVISION
 from kimi_convert.hub.remote import Remote, RemoteFile
-
-_STAGE = "uploading"
+from kimi_convert.hub.upload import upload_contents
 
 T = TypeVar("T")
 
@@ -158,16 +156,13 @@ class Publication:
         if self._branch != DEFAULT_REVISION:
             return self._to_branch(folder, plan, state, on_progress)
         title = f"Publish by kimi-convert, contents {plan.digest}"
-        number = self._open_pull_request(title, plan)
+        number = self._open_pull_request(title, plan, state)
         if number is None:
-            additions = self._upload(folder, plan, None, on_progress)
+            additions = self._upload(folder, plan, branch=None, on_progress=on_progress)
             number = self._propose(title, plan, additions, state)
-        self._verify(plan, f"refs/pr/{number}")
+        head = self._verify(plan, f"refs/pr/{number}", before=state.files)
         if not merge:
-            head = self._ask(
-                lambda: self._api.repo_info(self._repository, revision=f"refs/pr/{number}")
-            )
-            return Published(str(head.sha), number)
+            return Published(head, number)
         self._once(lambda: self._api.merge_pull_request(self._repository, number))
         commit = self._verify(plan, DEFAULT_REVISION)
         return Published(commit, number, merged=True)
@@ -182,7 +177,7 @@ class Publication:
                     self._repository, branch=self._branch, revision=state.commit
                 )
             )
-        additions = self._upload(folder, plan, self._branch, on_progress)
+        additions = self._upload(folder, plan, branch=self._branch, on_progress=on_progress)
         self._once(
             lambda: self._api.create_commit(
                 self._repository,
@@ -198,46 +193,19 @@ class Publication:
         self,
         folder: Path,
         plan: PublishPlan,
+        *,
         branch: str | None,
         on_progress: ProgressCallback,
     ) -> list[CommitOperationAdd]:
-        """Send contents, the smallest first; one that the Hub has is not sent again."""
-        files = sorted(plan.upload, key=lambda file: file.nbytes)
-        total, done = sum(file.nbytes for file in files), 0
-        additions: list[CommitOperationAdd] = []
-        with disable_progress_bars():
-            for file in files:
-                on_progress(ProgressEvent(_STAGE, done, total, "bytes", file.name))
-                addition = CommitOperationAdd(file.name, folder / file.name)
-                self._ask(lambda added=addition: self._send(added, branch))
-                _check_unchanged(addition, file, folder)
-                additions.append(addition)
-                done += file.nbytes
-        on_progress(ProgressEvent(_STAGE, done, total, "bytes"))
-        return additions
+        return upload_contents(
+            self._remote, self._repository, folder, plan, branch=branch, on_progress=on_progress
+        )
 
-    def _send(self, addition: CommitOperationAdd, branch: str | None) -> None:
-        try:
-            self._api.preupload_lfs_files(
-                self._repository,
-                [addition],
-                revision=branch,
-                create_pr=branch is None,
-                free_memory=False,
-            )
-        except RuntimeError as error:
-            # Uploads to LFS wrap what happened; those by xet are told in words alone.
-            if isinstance(error.__cause__, NETWORK_ERRORS):
-                raise error.__cause__ from error
-            raise HubError(
-                "the upload breaks off",
-                where=f"{self._repository}: {addition.path_in_repo}",
-                found=quoted(without_secrets(str(error))),
-                hint="Run again: what has been sent is not sent again.",
-            ) from error
+    def _open_pull_request(self, title: str, plan: PublishPlan, state: State) -> int | None:
+        """Return the pull request that an earlier run has left with these contents alone.
 
-    def _open_pull_request(self, title: str, plan: PublishPlan) -> int | None:
-        """Return the pull request that an earlier run has left with these contents."""
+        Anybody may open one under this title: what it changes beside the plan rules it out.
+        """
         found = self._ask(
             lambda: list(
                 self._api.get_repo_discussions(
@@ -250,7 +218,9 @@ class Publication:
         for pull in found:
             if pull.title == title and pull.status == "open":
                 listing = self._remote.listing(self._repository, f"refs/pr/{pull.num}")
-                if not differences(plan, listing):
+                if not differences(plan, listing) and not foreign_changes(
+                    plan, state.files, listing
+                ):
                     return pull.num
         return None
 
@@ -270,15 +240,25 @@ class Publication:
             raise HubError("the Hub made no pull request", where=self._repository)
         return made.pr_num
 
-    def _verify(self, plan: PublishPlan, revision: str) -> str:
+    def _verify(
+        self, plan: PublishPlan, revision: str, *, before: Mapping[str, RemoteFile] | None = None
+    ) -> str:
         """Hold the listing against what was sent; return the commit.
+
+        Args:
+            plan: what was sent.
+            revision: where it should be.
+            before: what the repository held; given where nothing else may have changed.
 
         Raises:
             VerificationError: they differ.
         """
         info = self._ask(lambda: self._api.repo_info(self._repository, revision=revision))
         commit = str(info.sha)
-        wrong = differences(plan, self._remote.listing(self._repository, commit))
+        listing = self._remote.listing(self._repository, commit)
+        wrong = differences(plan, listing)
+        if before is not None:
+            wrong += foreign_changes(plan, before, listing)
         if wrong:
             raise VerificationError(
                 f"{len(wrong)} files of the repository are not what was sent",
@@ -301,16 +281,3 @@ class Publication:
 
 def _deletion(name: str) -> CommitOperationDelete:
     return CommitOperationDelete(name)
-
-
-def _check_unchanged(addition: CommitOperationAdd, file: LocalFile, folder: Path) -> None:
-    """Check that what was sent is what was hashed, and planned, before."""
-    sent = addition.upload_info.sha256.hex()
-    if sent != file.sha256:
-        raise VerificationError(
-            "file changed while it was in use",
-            where=folder / file.name,
-            expected=f"SHA-256 {file.sha256}",
-            found=f"SHA-256 {sent}",
-            hint="Wait until nothing writes to the folder, then run again.",
-        )

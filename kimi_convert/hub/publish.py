@@ -10,28 +10,20 @@ open pull request of the same contents is taken up.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kimi_convert.checkpoints.disk import disk_errors
 from kimi_convert.checkpoints.manifest import (
-    ABOUT_FILES,
-    CARD_FILE,
-    RECORD_FILE,
-    SIGNATURE_FILE,
-    SUMS_FILE,
     HashedFile,
     content_files,
     hash_files,
-    sums_text,
 )
-from kimi_convert.checkpoints.signing import is_of, sign_folder
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import OutputError, UsageError, VerificationError
-from kimi_convert.hub.card import MARK, CardFacts, card_text, read_conversion
-from kimi_convert.hub.publication import Publication
+from kimi_convert.hub.completion import completed
+from kimi_convert.hub.publication import Publication, State
 from kimi_convert.hub.publish_plan import PublishPlan, plan_publication
 from kimi_convert.hub.reference import DEFAULT_REVISION, Reference, parse_reference
 from kimi_convert.hub.remote import connect
@@ -102,6 +94,10 @@ class PublishResult:
         }
 
 
+def ignore_plan(plan: PublishPlan) -> None:
+    """Take a plan and do nothing: the default callback."""
+
+
 _DEFAULTS = PublishOptions()
 
 
@@ -111,6 +107,7 @@ def publish_checkpoint(
     *,
     options: PublishOptions = _DEFAULTS,
     dry_run: bool = False,
+    on_plan: Callable[[PublishPlan], None] = ignore_plan,
     on_progress: ProgressCallback = ignore_progress,
 ) -> PublishResult:
     """Put a checkpoint folder on the Hub: whole, checked there, and only then to be seen.
@@ -123,6 +120,7 @@ def publish_checkpoint(
         repository: `org/name`; made if there is none.
         options: where it goes and how.
         dry_run: only say what would be done; nothing is written, here or there.
+        on_plan: told what will be done, before anything is sent.
         on_progress: told of bytes hashed and uploaded.
 
     Raises:
@@ -141,24 +139,14 @@ def publish_checkpoint(
     publication = Publication(connect(), reference.repository, options.branch)
     publication.check_login()
     state = publication.look()
-    if state is not None and options.private and not state.is_private:
-        raise OutputError(
-            "repository is there already, and public",
-            where=reference.repository,
-            expected="a private one, or none",
-            hint="Make it private on its page, choose another name, or leave out --private.",
-        )
+    _check_private(reference, options, state)
     content = hash_files(folder, names, on_progress=on_progress)
     record = _record(folder, content, force=options.force)
-    signed = options.sign_key is not None or (folder / SIGNATURE_FILE).exists()
-    texts = _texts(folder, reference, content, record, is_signed=signed)
-    if not dry_run:
-        for name, text in texts.items():
-            _write(folder / name, text)
-        if options.sign_key is not None:
-            sign_folder(folder, options.sign_key, leave_out=_strangers(folder, content))
-    _check_signature(folder, content, options.sign_key)
-    hashed = {**content, **_about(folder, texts, record)}
+    hashed, texts = completed(
+        folder, reference.repository, content, record, key=options.sign_key, write=not dry_run
+    )
+    if state is None and not dry_run:
+        state = publication.create(private=options.private)
     plan = plan_publication(folder, hashed, state.files if state else {}, texts=texts)
     result = PublishResult(
         repository=reference.repository,
@@ -167,25 +155,36 @@ def publish_checkpoint(
         validated=record is not None,
         dry_run=dry_run,
     )
-    if dry_run:
+    if dry_run or state is None:
         return result
-    if state is None:
-        state = publication.create(private=options.private)
-        plan = plan_publication(folder, hashed, state.files, texts=texts)
+    on_plan(plan)
     publication.check_tag(options.tag, plan, state)
-    done = publication.run(
-        folder, plan, state, merge=not options.pull_request, on_progress=on_progress
-    )
+    merge = not options.pull_request
+    done = publication.run(folder, plan, state, merge=merge, on_progress=on_progress)
     if options.tag:
         publication.tag(options.tag, done.commit)
     return replace(
         result,
-        plan=plan,
         commit=done.commit,
         pull_request=done.pull_request,
         merged=done.merged,
         tag=options.tag,
     )
+
+
+def _check_private(reference: Reference, options: PublishOptions, state: State | None) -> None:
+    """Refuse to show to everybody what was meant for a few.
+
+    Raises:
+        OutputError: a private repository was asked for, and there is a public one.
+    """
+    if state is not None and options.private and not state.is_private:
+        raise OutputError(
+            "repository is there already, and public",
+            where=reference.repository,
+            expected="a private one, or none",
+            hint="Make it private on its page, choose another name, or leave out --private.",
+        )
 
 
 def _record(folder: Path, content: dict[str, HashedFile], *, force: bool) -> Record | None:
@@ -212,73 +211,3 @@ def _record(folder: Path, content: dict[str, HashedFile], *, force: bool) -> Rec
         found=found,
         hint="Run `kimi-convert validate FOLDER --record`, or publish it with --force all the same.",
     )
-
-
-def _texts(
-    folder: Path,
-    reference: Reference,
-    content: dict[str, HashedFile],
-    record: Record | None,
-    *,
-    is_signed: bool,
-) -> dict[str, str]:
-    """Return the files that a publication adds to the folder: hashes, and a card."""
-    texts = {SUMS_FILE: sums_text(content)}
-    if _may_write_card(folder / CARD_FILE):
-        facts = CardFacts(
-            reference.repository,
-            read_conversion(folder),
-            None if record is None else record.report,
-            is_signed=is_signed,
-        )
-        texts[CARD_FILE] = card_text(facts)
-    return texts
-
-
-def _about(folder: Path, texts: dict[str, str], record: Record | None) -> dict[str, HashedFile]:
-    """Return the files about the content: card, hashes, the record if it holds, a signature."""
-    made = {name: _of_text(name, text) for name, text in texts.items()}
-    wanted = [CARD_FILE, SIGNATURE_FILE, *([RECORD_FILE] if record is not None else [])]
-    there = [name for name in wanted if name not in made and (folder / name).exists()]
-    return {**made, **hash_files(folder, there)}
-
-
-def _strangers(folder: Path, content: dict[str, HashedFile]) -> list[str]:
-    """Return what lies in the folder and is not published."""
-    return [
-        p.name for p in folder.iterdir() if p.name not in content and p.name not in ABOUT_FILES
-    ]
-
-
-def _check_signature(folder: Path, content: dict[str, HashedFile], key: Path | None) -> None:
-    """Refuse a signature of other files than these, which would help nobody.
-
-    Raises:
-        VerificationError: the folder has one.
-    """
-    path = folder / SIGNATURE_FILE
-    if key is None and path.exists() and not is_of(path, content.values()):
-        raise VerificationError(
-            "signature is of other files",
-            where=path,
-            hint="Sign anew with --sign-key, or remove it.",
-        )
-
-
-def _may_write_card(path: Path) -> bool:
-    """Tell whether the card is absent or was generated: nobody's own words are replaced."""
-    return not path.exists() or MARK in path.read_text("utf-8", errors="replace")
-
-
-def _write(path: Path, text: str) -> None:
-    data = text.encode()
-    with disk_errors(path, doing="complete the folder", nbytes=len(data)):
-        if not path.exists() or path.read_bytes() != data:
-            fresh = path.with_name(f".{path.name}.fresh")
-            fresh.write_bytes(data)
-            fresh.replace(path)
-
-
-def _of_text(name: str, text: str) -> HashedFile:
-    data = text.encode()
-    return HashedFile(name, len(data), hashlib.sha256(data).hexdigest())

@@ -118,6 +118,14 @@ def differences(plan: PublishPlan, remote: Mapping[str, RemoteFile]) -> list[str
     return [*wrong, *(name for name in plan.remove if name in remote)]
 
 
+def foreign_changes(
+    plan: PublishPlan, before: Mapping[str, RemoteFile], after: Mapping[str, RemoteFile]
+) -> list[str]:
+    """Return the names of the files that differ between two listings and are not of the plan."""
+    names = sorted({*before, *after}.difference(plan.files, plan.remove))
+    return [name for name in names if before.get(name) != after.get(name)]
+
+
 def _git_sha1(folder: Path, file: HashedFile, text: str | None) -> str | None:
     """Return git's hash of a small file, which the Hub lists for files outside of LFS."""
     if file.name.endswith(SHARD_SUFFIX):

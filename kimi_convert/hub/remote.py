@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
@@ -101,7 +101,7 @@ class Remote:
         entries = call(
             lambda: list(self.api.list_repo_tree(repository, recursive=True, revision=revision)),
             what=f"{repository} at {revision}",
-            policy=self.policy,
+            policy=replace(self.policy, attempts=1),  # huggingface_hub itself tries six times
         )
         return _files(entries, where=repository)
 

@@ -18,7 +18,7 @@ from typing import Protocol
 from kimi_convert.checkpoints.disk import disk_errors, write_all
 from kimi_convert.checkpoints.messages import sized
 from kimi_convert.checkpoints.regular_file import open_regular, read_into
-from kimi_convert.errors import HubError, VerificationError
+from kimi_convert.errors import CheckpointError, HubError, VerificationError
 from kimi_convert.hub.failures import NETWORK_ERRORS, hub_error, may_pass, retry_after_s
 from kimi_convert.hub.remote import Remote, RemoteFile, Snapshot
 
@@ -95,14 +95,16 @@ class Transfer:
 
         Raises:
             HubError: it cannot be fetched.
-            VerificationError: it is too large, or not what the repository lists.
+            CheckpointError: it is too large.
+            VerificationError: it is not what the repository lists.
         """
         if file.nbytes > _MAX_IN_MEMORY:
-            raise VerificationError(
+            raise CheckpointError(
                 "file is larger than a file of this name can be",
                 where=self._where(file),
                 expected=f"at most {sized(_MAX_IN_MEMORY)}",
                 found=sized(file.nbytes),
+                hint="Do not use this repository unless you know who made it.",
             )
         digest, data = Digest(file), bytearray()
 
@@ -192,6 +194,7 @@ class Transfer:
                         "file is longer than the repository lists",
                         where=self._where(file),
                         expected=sized(file.nbytes),
+                        hint="Check HF_ENDPOINT and the proxy, and run again.",
                     )
                 take(piece)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kimi_convert.kernels.backend import resolve_backend
 from kimi_convert.model.backend import usable_device
 from kimi_convert.validation.consistency import measure_consistency
 from kimi_convert.validation.environment import this_environment
+from kimi_convert.validation.estimate import Estimate, estimate_validation, require_memory
 from kimi_convert.validation.integrity import TENSORS, check_integrity
 from kimi_convert.validation.options import Check, ValidationOptions
 from kimi_convert.validation.quality import converted_layers, measure_quality
@@ -47,6 +48,7 @@ def validate_checkpoint(
     public_key: str | Path | None = None,
     options: ValidationOptions = _DEFAULTS,
     on_progress: ProgressCallback = ignore_progress,
+    on_estimate: Callable[[Estimate], None] | None = None,
 ) -> ValidationReport:
     """Check that a checkpoint is whole and consistent, and measure what it is worth.
 
@@ -60,8 +62,11 @@ def validate_checkpoint(
         public_key: the key that the folder must be signed with; None where that is not asked.
         options: which checks, on how much text, in which arithmetic.
         on_progress: told how far each part is.
+        on_estimate: told, before any weight is searched or run, what that will take; None
+            estimates nothing.
 
     Raises:
+        ResourceError: one layer does not fit into memory, where that is estimated.
         UsageError: there is no such device here, or the key cannot be used.
         KernelInputError: the backend cannot run there.
         ConfigError: a config.json is missing or not valid.
@@ -78,6 +83,12 @@ def validate_checkpoint(
     if guide is not None:
         check_comparable(config, guide, where=teacher)
     sample = _sample(checkpoint, config, teacher=teacher, text=text, options=options)
+    if on_estimate is not None:
+        estimate = estimate_validation(
+            checkpoint, teacher=teacher, has_text=text is not None, options=options
+        )
+        on_estimate(estimate)
+        require_memory(estimate, where=checkpoint)
     integrity, found = check_integrity(
         checkpoint, config, checks=options.checks, on_progress=on_progress
     )

@@ -19,6 +19,7 @@ class Fault:
     redirect: str = ""  # to this host, as http://localhost:1234
     cut: int | None = None  # close the connection after so many bytes of the body
     flip: int | None = None  # change the byte of the file at this offset
+    whole: bool = False  # do not know ranges: send all of the file
     hang: threading.Event | None = None  # after the cut, wait for this before closing
 
 

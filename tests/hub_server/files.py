@@ -47,7 +47,7 @@ def _send(http: Handler, name: str, sha: str, entry: Entry) -> None:
     size = stored.stat().st_size if stored.exists() else entry.size
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", http.headers.get("Range", ""))
     start, end, status = 0, size, 200
-    if asked and http.command == "GET":
+    if asked and http.command == "GET" and not (http.fault and http.fault.whole):
         start = int(asked[1])
         if start >= size:
             http.answer(416, headers={"Content-Range": f"bytes */{size}"})

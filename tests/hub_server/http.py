@@ -54,7 +54,7 @@ class HubServer(ThreadingHTTPServer):
     def reset(self) -> None:
         self.faults.clear()
         self.requests.clear()
-        self.store.repositories.clear()
+        self.store.clear()
 
     def handle_error(self, request, client_address) -> None:
         """Say nothing where a client has left: some tests kill theirs."""

@@ -134,6 +134,11 @@ class Store:
         self.repositories[name] = Repository(self, name, private=private, gated=gated)
         return self.repositories[name]
 
+    def clear(self) -> None:
+        self.repositories.clear()
+        for blob in (self.folder / "blobs").iterdir():
+            blob.unlink()
+
     def path(self, blob: str) -> Path:
         return self.folder / "blobs" / blob
 

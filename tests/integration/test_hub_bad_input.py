@@ -51,6 +51,32 @@ def with_shard_named(name):
     return prepare
 
 
+def in_circles(hub):
+    sound(hub)
+    hub.fault(SHARDS, times=99, redirect=hub.url)
+
+
+def with_entry(size, oid, sha256):
+    def prepare(hub):
+        repository = sound(hub)
+        entry = repository.tree()[SHARD]
+        repository.tree()[SHARD] = type(entry)(size, oid, sha256)
+
+    return prepare
+
+
+def without_ranges(hub):
+    sound(hub)
+    hub.fault(SHARDS, cut=5000)
+    hub.fault(SHARDS, times=99, whole=True)
+
+
+def too_large(hub):
+    repository = sound(hub)
+    entry = repository.tree()[INDEX]
+    repository.tree()[INDEX] = type(entry)(2 * 10**9, entry.oid)
+
+
 def gated(hub):
     sound(hub).gated = True
 
@@ -128,6 +154,12 @@ CASES = [
     pytest.param(
         with_fault(FILES, redirect="http://127.0.0.1:9"), HubError, "cannot be reached", id="away"
     ),
+    pytest.param(in_circles, HubError, "one address to the next", id="redirects-in-circles"),
+    pytest.param(without_ranges, HubError, "does not send parts", id="no-ranges"),
+    pytest.param(too_large, CheckpointError, "larger than", id="index-of-2-GB"),
+    pytest.param(with_entry(-1, "0" * 40, None), InputError, "make sense", id="negative-size"),
+    pytest.param(with_entry(9, "../x", None), InputError, "make sense", id="hash-is-a-path"),
+    pytest.param(with_entry(9, "0" * 40, "../x"), InputError, "make sense", id="sha256-is-a-path"),
     pytest.param(without_shard, CheckpointError, "not in the repository", id="no-shard"),
     pytest.param(pickles, CheckpointError, "pickle", id="pickle-only"),
     pytest.param(empty, CheckpointError, "holds no checkpoint", id="empty"),

@@ -85,8 +85,7 @@ def slow_hub(hub_process, tmp_path):
             file.write(block)
     hub_process.store.create("tester/big").seed({"config.json": b"{}", "model.safetensors": path})
     yield hub_process
-    for blob in (hub_process.store.folder / "blobs").iterdir():
-        blob.unlink()
+    hub_process.reset()
 
 
 def wait_for(condition, seconds=60):

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kimi_convert.exporters.onnx.builder import GraphBuilder
-from kimi_convert.exporters.onnx.functions import MICROSOFT
+from kimi_convert.exporters.onnx.domains import MICROSOFT
 from kimi_convert.exporters.onnx.model_builder import FLOAT, INT8_ACTIVATIONS, ModelBuilder
 from kimi_convert.exporters.onnx.options import MatrixRole, MoeForm
 from kimi_convert.exporters.onnx.quantization import BLOCK

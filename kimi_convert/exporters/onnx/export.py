@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from kimi_convert.checkpoints.addition import add_files
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
+from kimi_convert.checkpoints.messages import sized
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.architecture import ModelConfig
@@ -32,6 +33,7 @@ from kimi_convert.model.names.layout import match_checkpoint
 from kimi_convert.model.tokenizer import tokenizer_files
 
 MODEL_FILE = "model.onnx"
+MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 
 _STORED = {Precision.FP32: "F32", Precision.FP16: "F16", Precision.BF16: "BF16"}
 
@@ -213,8 +215,21 @@ def _export_copy(job: _Job, output: Path, on_progress: ProgressCallback) -> Onnx
 
 
 def serialized(model: ir.Model) -> bytes:
-    """Return the bytes of model.onnx; weights are named there, not held."""
-    return ir.to_proto(model).SerializeToString()
+    """Return the bytes of model.onnx; weights are named there, not held.
+
+    Raises:
+        CheckpointError: the graph alone is larger than a protobuf message can be.
+    """
+    proto = ir.to_proto(model)
+    nbytes = proto.ByteSize()
+    if nbytes > MAX_GRAPH_BYTES:
+        raise CheckpointError(
+            "the graph is too large for one file, without any weight",
+            expected=f"at most {sized(MAX_GRAPH_BYTES)}",
+            found=sized(nbytes),
+            hint="The config has too many layers or experts for ONNX.",
+        )
+    return proto.SerializeToString()
 
 
 def _result(

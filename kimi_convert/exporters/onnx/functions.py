@@ -1,4 +1,4 @@
-"""KDA's two operators in ONNX: the nodes of each target, and their bodies in standard operators.
+"""Bodies of KDA's two operators as ONNX functions.
 
     short convolution   y = silu(causal depthwise convolution of x), with the last W - 1 inputs kept
     delta rule          S_t = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T,  o = scale S_t^T q
@@ -17,11 +17,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from kimi_convert.exporters.onnx.builder import END, GraphBuilder, reference
-from kimi_convert.exporters.onnx.options import CustomBody, OnnxOptions, Target
-
-MICROSOFT = "com.microsoft"
-KIMI = "ai.kimi"
-DOMAIN_VERSIONS: Mapping[str, int] = {MICROSOFT: 1, KIMI: 1}
+from kimi_convert.exporters.onnx.domains import DOMAIN_VERSIONS, KIMI, MICROSOFT
 
 _INT, _FLOAT = ir.AttributeType.INT, ir.AttributeType.FLOAT
 
@@ -35,97 +31,6 @@ class DeltaRuleInputs(NamedTuple):
     state: ir.Value  # [B, H, K, V] fp32
     g: ir.Value  # [B, T, H K], natural log, <= 0
     beta: ir.Value  # [B, T, H], in (0, 1)
-
-
-class Stateful(NamedTuple):
-    """An operator's output, and what the next call continues from."""
-
-    output: ir.Value
-    state: ir.Value
-
-
-class KdaOperators:
-    """The nodes that one export writes for KDA, and the functions that come with them."""
-
-    def __init__(self, options: OnnxOptions, *, channels: int, conv_size: int) -> None:
-        """Choose the nodes; `channels` and `conv_size` are those of every KDA layer."""
-        self._options = options
-        self._channels = channels
-        self._conv_size = conv_size
-
-    def short_conv(
-        self, g: GraphBuilder, x: ir.Value, weight: ir.Value, past: ir.Value
-    ) -> Stateful:
-        """Convolve x [B, T, C] with weight [C, 1, W], after past [B, C, W - 1]; then SiLU."""
-        if self._options.target is Target.CUSTOM:
-            attributes = {"activation": "silu", "channels": self._channels}
-            return Stateful(
-                *g.ops(
-                    "KimiShortConv",
-                    *(x, weight, past),
-                    attributes=attributes,
-                    domain=KIMI,
-                    names=("convolved", "conv_state"),
-                )
-            )
-        output, state = g.ops(
-            "CausalConvWithState",
-            *(g.transpose(x, 0, 2, 1), weight, None, past),
-            attributes={"activation": "silu"},
-            domain=self._domain,
-            names=("convolved", "conv_state"),
-        )
-        return Stateful(g.transpose(output, 0, 2, 1), state)
-
-    def delta_rule(
-        self, g: GraphBuilder, x: DeltaRuleInputs, *, num_heads: int, scale: float
-    ) -> Stateful:
-        """Run the recurrence over the T tokens."""
-        if self._options.target is Target.CUSTOM:
-            return Stateful(
-                *g.ops(
-                    "KimiDeltaAttention",
-                    *(x.q, x.k, x.v, x.g, x.beta, x.state),
-                    attributes={"num_heads": num_heads, "scale": scale},
-                    domain=KIMI,
-                    names=("mixed", "state"),
-                )
-            )
-        attributes = {
-            "q_num_heads": num_heads,
-            "kv_num_heads": num_heads,
-            "update_rule": "gated_delta",
-            "scale": scale,
-        }
-        return Stateful(
-            *g.ops(
-                "LinearAttention",
-                *(x.q, x.k, x.v, x.state, x.g, x.beta),
-                attributes=attributes,
-                domain=self._domain,
-                names=("mixed", "state"),
-            )
-        )
-
-    def functions(self) -> tuple[ir.Function, ...]:
-        """Return the bodies that the file brings along."""
-        opset = self._options.opset
-        if self._options.target is Target.ONNX27:
-            return ()
-        microsoft = (
-            linear_attention_function(opset),
-            causal_conv_function(opset, channels=self._channels, conv_size=self._conv_size),
-        )
-        if self._options.target is Target.ORT:
-            return microsoft
-        if self._options.custom_body is CustomBody.PORTABLE:
-            return (delta_attention_function(opset), short_conv_function(opset, self._conv_size))
-        nested = (nested_delta_attention_function(opset), nested_short_conv_function(opset))
-        return (*microsoft, *nested)  # the reference evaluator reads them in order
-
-    @property
-    def _domain(self) -> str:
-        return MICROSOFT if self._options.target is Target.ORT else ""
 
 
 def linear_attention_function(opset: int) -> ir.Function:
@@ -285,7 +190,7 @@ def _function(
 
 
 def _last(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:
-    return g.slice(x, -count, END, axis=-1)
+    return g.slice(x, -count or END, END, axis=-1)
 
 
 def _scan_delta_rule(

@@ -14,11 +14,12 @@ from onnx.helper import find_min_ir_version_for
 
 from kimi_convert import __version__
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.exporters.onnx.domains import DOMAIN_VERSIONS
 from kimi_convert.exporters.onnx.feed_forward import feed_forward
-from kimi_convert.exporters.onnx.functions import DOMAIN_VERSIONS, KdaOperators
 from kimi_convert.exporters.onnx.kda import kda_mixer
 from kimi_convert.exporters.onnx.mla import AttentionContext, attention_context, mla_mixer
 from kimi_convert.exporters.onnx.model_builder import BATCH, FLOAT, SEQUENCE, ModelBuilder
+from kimi_convert.exporters.onnx.operators import KdaOperators
 from kimi_convert.exporters.onnx.options import MatrixRole, OnnxOptions
 from kimi_convert.exporters.onnx.weights import WeightStore
 

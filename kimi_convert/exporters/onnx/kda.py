@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kimi_convert.exporters.onnx.functions import DeltaRuleInputs, KdaOperators
+from kimi_convert.exporters.onnx.functions import DeltaRuleInputs
 from kimi_convert.exporters.onnx.model_builder import (
     BATCH,
     FLOAT,
@@ -16,6 +16,7 @@ from kimi_convert.exporters.onnx.model_builder import (
     past_name,
     present_name,
 )
+from kimi_convert.exporters.onnx.operators import KdaOperators
 from kimi_convert.exporters.onnx.options import MatrixRole
 
 CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.exporters.onnx.builder import END, GraphBuilder
-from kimi_convert.exporters.onnx.functions import MICROSOFT
+from kimi_convert.exporters.onnx.domains import MICROSOFT
 from kimi_convert.exporters.onnx.options import MatrixRole, OnnxOptions, Precision
 from kimi_convert.exporters.onnx.quantization import BLOCK
 from kimi_convert.exporters.onnx.weights import WeightStore
@@ -137,7 +137,10 @@ class ModelBuilder(GraphBuilder):
         weight = self.weight(param)
         if self.dtype is FLOAT:
             return self.wide_norm(x, weight, eps=eps)
-        ones = self.constant(np.ones(1, dtype=np.float32), "ones")
+        assert weight.shape is not None
+        # As long as the axis: ONNX Runtime 1.20 fuses a shorter one and then fails.
+        width = int(np.prod(weight.shape.numpy()))
+        ones = self.constant(np.ones(width, dtype=np.float32), f"ones.{width}")
         return self.op("Mul", self.narrow(self.wide_norm(self.widen(x), ones, eps=eps)), weight)
 
     def wide_norm(

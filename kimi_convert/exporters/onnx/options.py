@@ -9,6 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kimi_convert.errors import UsageError
+from kimi_convert.exporters.onnx.runtimes import (
+    FUSED_EXPERTS,
+    INTEGER_WEIGHTS,
+    Version,
+    largest_opset,
+    parse_version,
+    shown,
+)
 
 
 class Target(StrEnum):
@@ -79,7 +87,12 @@ _BITS: Mapping[Quantization, Mapping[MatrixRole, int]] = {
     Quantization.INT4: dict.fromkeys(MatrixRole, 4) | {MatrixRole.SENSITIVE: 8},
 }
 
-DEFAULT_OPSETS: Mapping[Target, int] = {Target.ORT: 21, Target.ONNX27: 27, Target.CUSTOM: 21}
+# The first is the default: the older the opset, the more runtimes load the graph.
+OPSETS: Mapping[Target, range] = {
+    Target.ORT: range(21, 29),
+    Target.ONNX27: range(27, 29),
+    Target.CUSTOM: range(21, 29),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +107,8 @@ class OnnxOptions:
     precision: Precision = Precision.FP32
     quantize: Quantization | None = None
     last_logits: bool = False  # logits of the last position alone
+    opset_version: int | None = None  # of the standard's operators; None takes the oldest
+    runtime: str | None = None  # version of the oldest ONNX Runtime that shall load the graph
 
     def __post_init__(self) -> None:
         """Refuse what cannot be written.
@@ -111,6 +126,31 @@ class OnnxOptions:
             raise _exclusive("precision bf16", "weights copy", "weights inplace")
         if self.quantize is not None:
             self._check_quantize()
+        opsets = OPSETS[self.target]
+        if self.opset not in opsets:
+            raise UsageError(
+                f"target {self.target} cannot be written at this opset",
+                expected=f"{opsets.start} to {opsets.stop - 1}",
+                found=self.opset,
+            )
+        if self.runtime is not None:
+            self._check_runtime(parse_version(self.runtime))
+
+    def _check_runtime(self, version: Version) -> None:
+        """Refuse what the runtime does not load."""
+        needs = {
+            f"opset {self.opset}": self.opset <= largest_opset(version),
+            "fused experts": self.moe is not MoeForm.FUSED or version >= FUSED_EXPERTS,
+            "integer weights": self.quantize is None or version >= INTEGER_WEIGHTS,
+        }
+        unmet = [what for what, met in needs.items() if not met]
+        if unmet:
+            raise UsageError(
+                f"ONNX Runtime {shown(version)} does not load {' and no '.join(unmet)}",
+                expected=f"at most opset {largest_opset(version)}; fused experts from "
+                f"{shown(FUSED_EXPERTS)} on, integer weights from {shown(INTEGER_WEIGHTS)} on",
+                hint="Choose another target, opset or form, or a newer runtime.",
+            )
 
     def _check_quantize(self) -> None:
         """Refuse what the operators on integers cannot do: they are ONNX Runtime's alone."""
@@ -145,14 +185,15 @@ class OnnxOptions:
     @property
     def opset(self) -> int:
         """The version of the standard's operators."""
-        return DEFAULT_OPSETS[self.target]
+        return OPSETS[self.target].start if self.opset_version is None else self.opset_version
 
     @property
     def moe_form(self) -> MoeForm:
         """How routed experts run."""
         if self.moe is not None:
             return self.moe
-        fused = self.target is Target.ORT and self.weights is WeightPlacement.COPY
+        old = self.runtime is not None and parse_version(self.runtime) < FUSED_EXPERTS
+        fused = self.target is Target.ORT and self.weights is WeightPlacement.COPY and not old
         return MoeForm.FUSED if fused else MoeForm.ACTIVE
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from kimi_convert.errors import CheckpointError
+from kimi_convert.errors import CheckpointError, UsageError
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -75,6 +75,7 @@ class OnnxSession:
         self._inputs = {
             value.name: value for value in self._session.get_inputs() if _PAST in value.name
         }
+        self.vocab_size: int = self._session.get_outputs()[0].shape[-1]  # logits come first
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def new_states(self, batch_size: int) -> States:
@@ -98,7 +99,16 @@ class OnnxSession:
 
         Returns:
             [B, T, vocab] fp32, or [B, 1, vocab] if the graph gives the last logits alone.
+
+        Raises:
+            UsageError: there are no tokens, or one that the model does not know.
         """
+        if not tokens.size or tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise UsageError(
+                "tokens cannot be run",
+                expected=f"at least one, each 0 to {self.vocab_size - 1}",
+                found=f"{tokens.min()} to {tokens.max()}" if tokens.size else "none",
+            )
         new = np.ones(tokens.shape, dtype=np.int64) if mask is None else mask.astype(np.int64)
         states.mask = np.concatenate((states.mask, new), axis=1)
         feeds = {

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
 
 from kimi_convert.checkpoints.index import CheckpointIndex
+from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.errors import CheckpointError
@@ -165,7 +167,18 @@ def expert_param(layer_idx: int, expert: int, projection: str) -> str:
 def external_tensor(
     name: str, dtype: str, shape: Sequence[int], *, file: str, start: int
 ) -> ir.ExternalTensor:
-    """Return a tensor that lies in a file; `dtype` is the safetensors name."""
+    """Return a tensor that lies in a file; `dtype` is the safetensors name.
+
+    Raises:
+        CheckpointError: the file is not beside the graph.
+    """
+    if file != Path(file).name:
+        raise CheckpointError(
+            "weights of a graph must lie beside it",
+            expected="a plain file name",
+            found=quoted(file),
+            hint="Export with --weights copy.",
+        )
     data_type = _DTYPES[dtype]
     nbytes = prod(shape) * int(data_type.itemsize)
     return ir.ExternalTensor(file, start, nbytes, data_type, shape=ir.Shape(shape), name=name)

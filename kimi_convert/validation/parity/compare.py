@@ -104,12 +104,13 @@ def compare_traces(
     """Compare what both report.
 
     Args:
-        found: of the implementation that is judged.
+        found: of the implementation that is judged, of all tokens or of the first ones.
         expected: of the reference.
         dtype: the coarsest that weights or activations of either have.
         config: of the model.
     """
     bound = error_bound(dtype, config.num_layers)
+    expected = expected.leading(*found.logits.shape[:2])
     kept = comparable_tokens(found, expected, groups=groups_of(config))
     errors: dict[Probe, float] = {}
     for probe in in_order(found.values.keys() & expected.values.keys()):

@@ -26,8 +26,8 @@ class Row:
     name: str
     numerics: Numerics  # effective
     dtype: torch.dtype
+    places: torch.Tensor  # [N], which tokens of all sequences
     logits: torch.Tensor  # [N, vocab]
-    kept: torch.Tensor  # [N] bool, False behind a near tie between experts
 
 
 def kept_row(
@@ -49,11 +49,17 @@ def kept_row(
         dtype: the coarsest of activations, and of weights that were rounded.
         config: of the model.
     """
-    logits = trace.logits.flatten(0, 1)
-    step = max(1, -(-logits.nbytes // _KEPT_BYTES))
-    kept = comparable_tokens(trace, expected, groups=groups_of(config))[:, -1].flatten()
+    sequences, tokens = trace.logits.shape[:2]
+    whole = expected.logits.shape[1]
+    part = expected.leading(sequences, tokens)
+    # Behind a near tie between experts a token says nothing.
+    kept = comparable_tokens(trace, part, groups=groups_of(config))[:, -1]  # [B, T]
+    numbers = torch.arange(len(expected.logits) * whole).reshape(-1, whole)
+    step = max(1, -(-expected.logits.nbytes // _KEPT_BYTES))
+    kept &= numbers[:sequences, :tokens] % step == 0
     chosen = effective(numerics, config, dtype)
-    return Row(name, chosen, dtype, logits[::step].clone(), kept[::step])
+    places = numbers[:sequences, :tokens][kept]
+    return Row(name, chosen, dtype, places, trace.logits[kept].clone())
 
 
 def compare_pairs(rows: Sequence[Row], config: ModelConfig) -> list[PairError]:
@@ -61,14 +67,15 @@ def compare_pairs(rows: Sequence[Row], config: ModelConfig) -> list[PairError]:
     found: list[PairError] = []
     for place, first in enumerate(rows):
         for second in rows[place + 1 :]:
-            both = first.kept & second.kept
+            mine = torch.isin(first.places, second.places)
+            theirs = torch.isin(second.places, first.places)
             dtype = coarsest((first.dtype, second.dtype))
             differs = differing(first.numerics, second.numerics)
             found.append(
                 PairError(
                     first=first.name,
                     second=second.name,
-                    relative_error=relative_error(second.logits[both], first.logits[both]),
+                    relative_error=relative_error(second.logits[theirs], first.logits[mine]),
                     bound=None if differs else error_bound(dtype, config.num_layers),
                     differs_in=differs,
                 )

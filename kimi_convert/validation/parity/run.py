@@ -22,8 +22,9 @@ from kimi_convert.validation.parity.compare import (
 )
 from kimi_convert.validation.parity.greedy import compare_greedy
 from kimi_convert.validation.parity.numerics_of import differing, effective
-from kimi_convert.validation.parity.oracles.process import OracleFailedError
+from kimi_convert.validation.parity.oracles.process import OracleDeclinedError, OracleFailedError
 from kimi_convert.validation.parity.pairs import Row, compare_pairs, kept_row
+from kimi_convert.validation.parity.problem import Problem, Runner
 from kimi_convert.validation.parity.report import (
     Absent,
     ImplementationResult,
@@ -32,9 +33,9 @@ from kimi_convert.validation.parity.report import (
 from kimi_convert.validation.parity.runners import (
     REFERENCE,
     RUNNERS,
-    Problem,
-    Runner,
     artifact_runner,
+    graph_runners,
+    is_graph,
 )
 from kimi_convert.validation.parity.spectrum import decay_spectra
 from kimi_convert.validation.parity.torch_model import (
@@ -104,8 +105,9 @@ def compare_implementations(
     config = read_config(checkpoint)
     tokens = _tokens(checkpoint, config, text=text, options=options)
     runners = [
-        artifact_runner(Path(path), rounded=rounded_dtype(checkpoint, config, Path(path)))
+        runner
         for path in artifacts
+        for runner in _artifact_runners(checkpoint, config, Path(path))
     ]
     runners += [r for r in RUNNERS if not options.against or r.name in options.against]
     references = _References(checkpoint, config, tokens, options, on_progress)
@@ -134,6 +136,12 @@ def compare_implementations(
         decay=decay_spectra(references.trace(SERVED)),
         environment=this_environment(),
     )
+
+
+def _artifact_runners(checkpoint: Path, config: ModelConfig, artifact: Path) -> list[Runner]:
+    if is_graph(artifact):
+        return graph_runners(artifact)
+    return [artifact_runner(artifact, rounded=rounded_dtype(checkpoint, config, artifact))]
 
 
 def _tokens(
@@ -240,6 +248,8 @@ def _run_all(
                     )
                 )
                 started = time.perf_counter()
+        except OracleDeclinedError as error:
+            absent.append(Absent(name=runner.name, why=str(error), failed=False))
         except OracleFailedError as error:
             absent.append(Absent(name=runner.name, why=str(error), failed=True))
     return results, rows, absent

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kimi_convert.validation.parity.stages import LOGITS_PROBE, Probe
+from kimi_convert.validation.parity.stages import LOGITS_PROBE, STATE, Probe
 
 _GREEDY_IDS, _GREEDY_LOGITS = "greedy ids", "greedy logits"
 
@@ -37,6 +37,21 @@ class Trace:
     def logits(self) -> torch.Tensor:
         """[B, T, vocab]."""
         return self.values[LOGITS_PROBE]
+
+    def leading(self, sequences: int, tokens: int) -> Trace:
+        """Return the values of the first tokens of the first sequences; no token sees a later one.
+
+        States are of the last token, so they go where tokens do.
+        """
+        batch_size, num_tokens = self.logits.shape[:2]
+        if (sequences, tokens) == (batch_size, num_tokens):
+            return self
+        kept = {
+            probe: values[:sequences] if probe.stage == STATE else values[:sequences, :tokens]
+            for probe, values in self.values.items()
+            if probe.stage != STATE or tokens == num_tokens
+        }
+        return Trace(kept, self.greedy, self.rerouted)
 
 
 def save_trace(trace: Trace, path: Path) -> None:

@@ -24,6 +24,23 @@ def writing(done, total=1000, unit="tensors"):
     return ProgressEvent("writing", done, total, unit)
 
 
+def test_many_finished_bars_leave_the_screen():
+    console = Console(file=StringIO(), width=200, force_terminal=True)
+    with ProgressBar(console) as bar:
+        for number in range(20):
+            bar(ProgressEvent(f"file {number}", 10, 10, "bytes"))
+        shown = [task.description for task in bar.tasks if task.visible]
+    assert shown == [f"file {number}" for number in range(12)]
+
+
+def test_lines_of_stages_that_alternate_come_as_each_is_due():
+    events = []
+    for second in range(0, 41, 2):
+        events += [(second, ProgressEvent(name, second, 40, "bytes")) for name in ("a", "b")]
+    written = lines_of(events)
+    assert [line[0] for line in written] == ["a", "b"] * 4
+
+
 def test_fast_stage_gives_one_line_at_its_end():
     events = [(step / 1000, writing(step)) for step in range(1001)]
     assert lines_of(events) == ["writing: 100% (1000 of 1000 tensors)"]

@@ -92,6 +92,7 @@ def test_runtime_that_does_not_load_it_has_no_example():
     text = card()
     assert "KimiLinearForCausalLM" in text
     assert "vllm serve" not in text
+    assert "kimi-convert export onnx" in text
     assert "| vLLM | needs a full-rank q |" in text
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import threading
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
+from kimi_convert.checkpoints.disk import write_all
 from kimi_convert.errors import HubError, OutputError, ResourceError, UsageError
-from kimi_convert.hub import download_checkpoint, fetch_job
+from kimi_convert.hub import download_checkpoint, fetch_job, transfer
 from kimi_convert.hub.transfer import PIECE_BYTES
 from tests.hub_server.fixtures import *  # noqa: F403
 from tests.hub_server.http import HubServer, running
@@ -93,6 +96,9 @@ def test_cache_is_shared_with_huggingface_hub_both_ways(hub, repository, wanted)
     theirs = snapshot_download(NAME, allow_patterns=list(WANTED), endpoint=hub.url)
     assert str(ours.folder) == theirs
     assert hub.sent("resolve") == before
+    found = scan_cache_dir(constants.HF_HUB_CACHE)
+    assert found.warnings == []
+    assert [repo.repo_id for repo in found.repos] == [NAME]
 
 
 def test_cache_of_huggingface_hub_is_checked_and_used(hub, repository):
@@ -106,6 +112,7 @@ def test_cache_of_huggingface_hub_is_checked_and_used(hub, repository):
 
 
 def test_damaged_blob_of_another_program_is_fetched_again(hub, repository, wanted, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     hub.fault(f"GET .*{SHARD}", flip=4000)
     folder = snapshot_download(NAME, allow_patterns=list(WANTED), endpoint=hub.url)
     result = download_checkpoint(NAME)
@@ -126,13 +133,26 @@ def test_revision_is_pinned(hub, repository, tmp_path, revision):
     assert b"deepseek_v3" in (tmp_path / "out" / "config.json").read_bytes()
 
 
-def test_new_commit_replaces_what_changed_alone(hub, repository, tmp_path):
+def test_new_commit_replaces_what_changed_alone(hub, repository, tmp_path, wanted):
     download_checkpoint(NAME, local_dir=tmp_path / "out")
     repository.seed({"config.json": b'{"model_type": "other"}'})
-    before = hub.sent("resolve")
     download_checkpoint(NAME, local_dir=tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == b'{"model_type": "other"}'
-    assert hub.sent("resolve") == before + len(b'{"model_type": "other"}')
+    assert hub.sent("safetensors$") == sum(len(wanted[name]) for name in wanted if "-of-" in name)
+
+
+def test_update_that_breaks_off_leaves_no_mixture_that_loads(hub, repository, tmp_path):
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    repository.seed({name: repository.read(name)[:-4] + b"new!" for name in shards})
+    hub.fault(f"GET .*{shards[1]}", times=9, status=403)
+    with pytest.raises(HubError):
+        download_checkpoint(NAME, local_dir=tmp_path / "out", max_workers=1)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"config.json", "model.safetensors.index.json"} & left
+    hub.faults.clear()
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == {name: repository.read(name) for name in WANTED}
 
 
 def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):
@@ -141,6 +161,7 @@ def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):
     with pytest.raises(OutputError, match="in the way"):
         download_checkpoint(NAME, local_dir=tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text("utf-8") == "mine"
+    assert not hub.asked("GET .*safetensors$")
 
 
 def test_include_and_exclude_choose_files(hub, repository, tmp_path):
@@ -170,6 +191,32 @@ def test_too_little_space_ends_before_the_first_byte(hub, repository, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_disk_that_fills_up_keeps_the_part(hub, tmp_path, monkeypatch):
+    data = big_repository(hub, 4 << 20)
+    written = 0
+
+    def write(descriptor, piece):
+        nonlocal written
+        written += len(piece)
+        if written > 2_500_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(descriptor, piece)
+
+    monkeypatch.setattr(transfer, "write_all", write)
+    with pytest.raises(ResourceError, match="cannot write") as caught:
+        download_checkpoint("tester/big", local_dir=tmp_path / "out")
+    assert "No space left" in caught.value.found
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".cache"]
+    monkeypatch.undo()
+    hub.requests.clear()
+    for name, value in hub_environment(hub, tmp_path).items():  # noqa: F405
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    download_checkpoint("tester/big", local_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == data
+    assert hub.sent("model.safetensors") == len(data) - 2 * PIECE_BYTES
+
+
 def test_cut_stream_goes_on_where_it_was_cut(hub, tmp_path):
     data = big_repository(hub, 4 << 20)
     hub.fault("GET .*model.safetensors", times=3, cut=1_000_000)
@@ -194,6 +241,7 @@ def test_next_run_keeps_whole_pieces(hub, tmp_path):
 
 
 def test_part_that_is_damaged_is_fetched_anew(hub, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     data = big_repository(hub, 3 << 20)
     hub.fault("GET .*model.safetensors", cut=2 * PIECE_BYTES)
     hub.fault("GET .*model.safetensors", times=9, status=403)

@@ -19,6 +19,7 @@ from kimi_convert.validation import ValidationOptions, validate_checkpoint
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.record import write_record
 from tests.hub_server.fixtures import *  # noqa: F403
+from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 NAME = "tester/hybrid"
@@ -89,6 +90,14 @@ def test_main_never_shows_a_part(hub, folder):
     assert len(seen) > len(local(folder))
     assert set(seen) == {0}
     assert len(hub.store.repositories[NAME].tree()) == len(local(folder))
+
+
+def test_plan_is_told_before_anything_is_sent(hub, folder):
+    sent = []
+    publish_checkpoint(
+        folder, NAME, on_plan=lambda plan: sent.append((len(plan.upload), hub.asked("PUT ")))
+    )
+    assert sent == [(len(local(folder)), [])]
 
 
 def test_second_publication_sends_nothing(hub, folder):
@@ -240,6 +249,28 @@ def test_tag_of_something_else_is_refused_before_the_upload(hub, folder):
     assert not hub.asked("PUT ")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "status", "message"),
+    [
+        ("GET /api/whoami", 401, "does not accept the token"),
+        ("POST /api/repos/create", 403, "does not give the right"),
+        ("POST .*objects/batch", 403, "does not give the right"),
+        ("PUT /_lfs", 403, "does not give the right"),
+        ("POST .*/commit/", 412, "has changed since"),
+        ("POST .*/commit/", 500, "has a problem"),
+        ("POST .*/merge", 409, "a conflict"),
+    ],
+)
+def test_refusal_is_one_error_without_the_token(hub, folder, pattern, status, message):
+    headers = {"X-Error-Message": f"no, {TOKEN}"}  # noqa: F405
+    hub.fault(pattern, times=99, status=status, headers=headers)
+    done = run_here("publish", folder, NAME, "--json", "--verbose")
+    assert done.returncode == HubError.exit_code
+    assert message in json.loads(done.stdout)["error"]["message"]
+    assert TOKEN not in done.stdout + done.stderr  # noqa: F405
+    assert NAME not in hub.store.repositories or not hub.store.repositories[NAME].tree()
+
+
 def test_without_login_nothing_is_hashed(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     events = []
@@ -307,3 +338,15 @@ def test_signature_of_other_files_is_not_published(hub, folder, keys):
 def test_options_that_contradict_themselves_are_refused(options):
     with pytest.raises(UsageError):
         PublishOptions(**options)
+
+
+def test_pull_request_of_somebody_else_with_more_in_it_is_not_merged(hub, folder):
+    """The title and the contents are no secret: what else it changes counts."""
+    hub.fault("POST .*/merge", status=500)
+    with pytest.raises(HubError):
+        publish_checkpoint(folder, NAME)
+    repository = hub.store.repositories[NAME]
+    repository.seed({"modeling.py": b"evil"}, branch="refs/pr/1")
+    publish_checkpoint(folder, NAME)
+    assert shown(repository) == local(folder)
+    assert [pull.status for pull in repository.pulls] == ["open", "merged"]

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from kimi_convert.hub import download_checkpoint
 from kimi_convert.hub.sources import fetch_source, open_headers
 from tests.hub_server.fixtures import *  # noqa: F403
 from tests.integration.command_line import run_here
@@ -111,6 +113,14 @@ def test_conversion_records_repository_commit_and_licence(hub, repository, tmp_p
 def test_dry_run_of_convert_fetches_no_weights(hub, repository, tmp_path):
     document("convert", NAME, tmp_path / "hybrid", "--no-text", "--dry-run")
     assert all(request.range for request in hub.asked("safetensors$"))
+
+
+def test_offline_inspects_what_was_downloaded(hub, repository, monkeypatch):
+    download_checkpoint(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert document("inspect", NAME)["problems"] == []
+    assert hub.requests == []
 
 
 def test_folder_goes_before_a_repository_of_the_same_name(hub, repository, tmp_path, monkeypatch):

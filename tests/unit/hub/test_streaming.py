@@ -48,6 +48,7 @@ def test_streamed_conversion_is_the_same_byte_for_byte(hub, repository, tmp_path
     assert run_here("convert", NAME, tmp_path / "whole", *OPTIONS).returncode == 0
     done = stream(tmp_path / "streamed")
     assert done.returncode == 0, done.stderr
+    assert f"Converted {NAME}@{repository.head[:12]} to" in done.stdout
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-home", "streamed", "whole"]
 

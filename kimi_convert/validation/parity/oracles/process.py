@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -18,6 +19,7 @@ from kimi_convert.validation.parity.trace import Trace, load_trace, save_trace
 
 _PACKAGE_PARENT = str(Path(kimi_convert.__file__).parents[1])
 _LAST_LINES = 1
+_DECLINED = 75
 
 
 PREFILL, DECODE = "prefill", "decode"
@@ -27,7 +29,8 @@ PREFILL, DECODE = "prefill", "decode"
 class OracleRequest:
     """What an oracle shall compute, in fp32 on the CPU."""
 
-    folder: str
+    folder: str  # the checkpoint
+    artifact: str = ""  # what was written from it, where that is what runs
     tokens: list[list[int]]  # [B, T]
     forms: list[str]  # of PREFILL, all tokens at once, and DECODE, one at a time with a cache
     prompt: list[int]
@@ -40,14 +43,19 @@ class OracleRequest:
 
 
 class OracleFailedError(Exception):
-    """The library does not run this checkpoint; the message is its last words."""
+    """The library does not run what it should; the message is its last words."""
+
+
+class OracleDeclinedError(Exception):
+    """What is asked is not this oracle's business; the message says why."""
 
 
 def ask_oracle(module: str, request: OracleRequest) -> dict[str, Trace]:
-    """Run a module of this package in a process and return its trace in each form.
+    """Run a module of this package in a process and return its trace in each form it has.
 
     Raises:
         OracleFailedError: it ended with an error.
+        OracleDeclinedError: it does not run such a thing, and need not.
     """
     with tempfile.TemporaryDirectory(prefix="kimi-convert-parity-") as name:
         folder = Path(name)
@@ -64,11 +72,13 @@ def ask_oracle(module: str, request: OracleRequest) -> dict[str, Trace]:
             check=False,
         )
         answers = {form: folder / _file_name(form) for form in request.forms}
-        if done.returncode != 0 or not all(path.exists() for path in answers.values()):
+        found = {form: path for form, path in answers.items() if path.exists()}
+        if done.returncode != 0 or not found:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             said = " ".join(lines[-_LAST_LINES:]) or f"exit code {done.returncode}"
-            raise OracleFailedError(said)
-        return {form: load_trace(path) for form, path in answers.items()}
+            declined = done.returncode == _DECLINED
+            raise OracleDeclinedError(said) if declined else OracleFailedError(said)
+        return {form: load_trace(path) for form, path in found.items()}
 
 
 def answer_request(
@@ -79,6 +89,12 @@ def answer_request(
     request = OracleRequest(**json.loads(asked.read_text(encoding="utf-8")))
     for form, trace in compute(request).items():
         save_trace(trace, asked.with_name(_file_name(form)))
+
+
+def decline(why: str) -> NoReturn:
+    """End an oracle's process: what is asked is not its business."""
+    sys.stderr.write(f"{why}\n")
+    raise SystemExit(_DECLINED)
 
 
 def _file_name(form: str) -> str:

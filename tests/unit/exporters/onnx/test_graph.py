@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kimi_convert.errors import UsageError
 from kimi_convert.exporters.onnx.export import export_onnx
-from kimi_convert.exporters.onnx.options import MlaForm, MoeForm, OnnxOptions, WeightPlacement
+from kimi_convert.exporters.onnx.options import (
+    MlaForm,
+    MoeForm,
+    OnnxOptions,
+    Target,
+    WeightPlacement,
+)
 from kimi_convert.exporters.onnx.session import OnnxSession
 from kimi_convert.model.loading import load_model
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
@@ -97,6 +104,13 @@ BRANCHES = {
             ),
         },
     ),
+    "hybrid with convolutions of one tap": (
+        "kimi_linear",
+        {
+            "num_hidden_layers": 2,
+            "linear_attn_config": linear_attn_config(2, (1,), conv_size=1),
+        },
+    ),
     "hybrid with a low-rank q": ("kimi_linear", {"q_lora_rank": 20}),
     "hybrid without rope dims": ("kimi_linear", {"qk_rope_head_dim": 0}),
     "hybrid with values wider than keys": ("kimi_linear", {"v_head_dim": 40}),
@@ -141,7 +155,9 @@ BRANCHES = {
 }
 FORMS = {
     "copied": OnnxOptions(),
-    "in place": OnnxOptions(weights=WeightPlacement.INPLACE, mla=MlaForm.LATENT),
+    "in place, own operators": OnnxOptions(
+        target=Target.CUSTOM, weights=WeightPlacement.INPLACE, mla=MlaForm.LATENT
+    ),
 }
 
 
@@ -163,7 +179,7 @@ def test_experts_of_a_layer_may_lie_in_several_files(tmp_path, tokens, num_shard
     config = tiny_config("kimi_linear", num_hidden_layers=2)
     checkpoint = write_tiny_checkpoint(tmp_path, config, num_shards=num_shards)
     wanted, _ = reference_run(load_model(checkpoint), tokens)
-    export_onnx(checkpoint, checkpoint, options=FORMS["in place"])
+    export_onnx(checkpoint, checkpoint, options=FORMS["in place, own operators"])
     logits, _ = run_pieces(OnnxSession(checkpoint, threads=1), tokens, (13,))
     assert error(logits, wanted) <= FP32_BOUND
 
@@ -175,3 +191,9 @@ def test_last_logits_are_those_of_the_last_position(hybrid, session, tokens, tmp
     logits = last.run(tokens, last.new_states(2))
     assert logits.shape == (2, 1, 96)
     assert error(logits[:, 0], session.run(tokens, session.new_states(2))[:, -1]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize("ids", [[[96]], [[-1]], [[]]], ids=["too large", "negative", "none"])
+def test_tokens_that_cannot_be_run_are_refused(session, ids):
+    with pytest.raises(UsageError, match="cannot be run"):
+        session.run(np.array(ids, dtype=np.int64), session.new_states(1))

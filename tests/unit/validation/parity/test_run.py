@@ -11,8 +11,9 @@ from kimi_convert.validation.parity.oracles.process import (
     OracleRequest,
     ask_oracle,
 )
+from kimi_convert.validation.parity.process_runners import OracleRunner
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
-from kimi_convert.validation.parity.runners import RUNNERS, OracleRunner
+from kimi_convert.validation.parity.runners import RUNNERS
 from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -48,7 +49,9 @@ def test_artifact_is_compared_under_its_folders_name(checkpoint, tmp_path):
 
 
 def test_library_that_is_not_there_is_said_to_be_absent(checkpoint, monkeypatch):
-    monkeypatch.setattr("kimi_convert.validation.parity.runners.find_spec", lambda package: None)
+    monkeypatch.setattr(
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: None
+    )
     options = ParityOptions(against=("transformers",), tokens=20)
     with pytest.raises(UsageError, match="transformers cannot run here") as caught:
         compare_implementations(checkpoint, options=options)
@@ -67,9 +70,9 @@ def test_library_that_fails_makes_parity_fail(checkpoint, monkeypatch):
     def fail(module, request):
         raise OracleFailedError("ValueError: no such tensor")
 
-    monkeypatch.setattr("kimi_convert.validation.parity.runners.ask_oracle", fail)
+    monkeypatch.setattr("kimi_convert.validation.parity.process_runners.ask_oracle", fail)
     monkeypatch.setattr(
-        "kimi_convert.validation.parity.runners.find_spec", lambda package: object()
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: object()
     )
     done = run_here("parity", checkpoint, "--against", "mlx-lm", "--tokens", 20)
     assert done.returncode == 6
