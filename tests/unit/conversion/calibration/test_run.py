@@ -20,6 +20,7 @@ from kimi_convert.config.calibration import (
 )
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.calibration import align, distill, moves, outputs, search
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
@@ -116,12 +117,15 @@ def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text):
         {"first_k_dense_replace": 4},
         {"dtype": "bfloat16"},
         {"tie_word_embeddings": True},
+        {"ling": True},
     ],
-    ids=["moe", "low-rank-q", "dense", "bf16", "tied"],
+    ids=["moe", "low-rank-q", "dense", "bf16", "tied", "bailing_hybrid"],
 )
 def test_fitted_checkpoint_is_whole_and_computes_the_same_in_every_form(tmp_path, text, fields):
+    form = TargetFormat.BAILING_HYBRID if fields.pop("ling", False) else TargetFormat.KIMI_LINEAR
     source = source_of(tmp_path, **fields)
-    result = convert(source, tmp_path / "hybrid", text)
+    recipe = recipe_of(output_format=form)
+    result = convert(source, tmp_path / "hybrid", text, recipe=recipe)
     checks = frozenset({Check.VALUES, Check.HASHES, Check.CONSISTENCY})
     report = validate_checkpoint(
         result.output, options=ValidationOptions(checks=checks, consistency_tokens=32)
@@ -302,10 +306,21 @@ def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, repeat
 
 
 @pytest.mark.parametrize("trained", ["solved", "aligned", "distilled"])
-@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 20}], ids=["full-q", "low-rank-q"])
-def test_written_checkpoint_is_as_near_as_the_report_says(tmp_path, repeated, trained, fields):
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        (TargetFormat.KIMI_LINEAR, {}),
+        (TargetFormat.KIMI_LINEAR, {"q_lora_rank": 20}),
+        (TargetFormat.BAILING_HYBRID, {"rms_norm_eps": 1e-6}),
+    ],
+    ids=["full-q", "low-rank-q", "bailing_hybrid"],
+)
+def test_written_checkpoint_is_as_near_as_the_report_says(
+    tmp_path, repeated, trained, form, fields
+):
     recipes = {"solved": recipe_of(), "aligned": recipe_of(steps=30), "distilled": distilled()}
-    recipe, source = recipes[trained], source_of(tmp_path, **fields)
+    recipe = replace(recipes[trained], output_format=form)
+    source = source_of(tmp_path, **fields)
     result = convert(source, tmp_path / "out", repeated, recipe=recipe)
     assert result.fit is not None
     assert result.fit.distilled is None or result.fit.distilled["taken"]
