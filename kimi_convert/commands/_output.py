@@ -25,6 +25,7 @@ from kimi_convert.commands._progress import ProgressBar, ProgressLines
 from kimi_convert.commands._render import plain_lines, rich_group
 from kimi_convert.commands._report import Report
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
+from kimi_convert.config.secrets import without_secrets
 from kimi_convert.errors import KimiConvertError
 
 _BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports it
@@ -103,7 +104,7 @@ class Output:
             yield ProgressLines(self._message)
 
     def _message(self, text: str) -> None:
-        _say(self._messages, Text(_printable(text)))
+        _say(self._messages, Text(_shown(text)))
 
 
 def show_error(
@@ -117,12 +118,12 @@ def show_error(
         trace: the exception whose traceback is printed before it.
     """
     if trace is not None:
-        _write(sys.stderr, "".join(traceback.format_exception(trace)))
+        _write(sys.stderr, without_secrets("".join(traceback.format_exception(trace))))
     if as_json:
-        _write(sys.stdout, _json_text(error.to_json()))
+        _write(sys.stdout, without_secrets(_json_text(error.to_json())))
         return
     console = _PipeConsole(stderr=True, highlight=False)
-    _say(console, Text.assemble(("error: ", "bold red"), _printable(error.message)))
+    _say(console, Text.assemble(("error: ", "bold red"), _shown(error.message)))
     details = (
         ("where", error.where),
         ("expected", error.expected),
@@ -131,7 +132,7 @@ def show_error(
     )
     for label, text in details:
         if text:
-            _say(console, Text.assemble((f"  {label + ':':<10}", "dim"), _printable(text)))
+            _say(console, Text.assemble((f"  {label + ':':<10}", "dim"), _shown(text)))
 
 
 def close_streams() -> None:
@@ -211,6 +212,11 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in cast("Sequence[object]", value)]
     return value
+
+
+def _shown(text: str) -> str:
+    """Return a part of an error as it is printed: it may quote anything."""
+    return _printable(without_secrets(text))
 
 
 def _printable(text: str) -> str:

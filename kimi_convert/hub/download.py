@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import is_offline_mode
 
+from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import UsageError
 from kimi_convert.hub.fetch_job import FetchedFile, Job, SmallFiles
@@ -113,7 +114,8 @@ def download_checkpoint(
     if not dry_run:
         job.require_space()
         job.fetch(max_workers)
-        place.note_origin(snapshot)
+        if any(file.path == CONFIG_FILE for file in selection.files):
+            place.note_origin(snapshot)  # else it may still hold a checkpoint of another commit
     return DownloadResult(
         reference=reference,
         commit=snapshot.commit,

@@ -5,7 +5,6 @@ No message repeats a token: what a server says is cut to a line and searched for
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from huggingface_hub.errors import (
 )
 
 from kimi_convert.checkpoints.messages import quoted
+from kimi_convert.config.secrets import without_secrets
 from kimi_convert.errors import HubError
 
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_RETRY_AFTER_S = 600.0  # the Hub's own window is 300 s
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|Bearer +\S+", re.IGNORECASE)
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may read it."
 _LATER = "Try again later; what was fetched is kept."
 
@@ -116,14 +115,6 @@ def hub_error(error: Exception, *, what: str, failures: int = 1) -> HubError:
     message, hint = _explanation(error)
     times = f" (tried {failures} times)" if failures > 1 else ""
     return HubError(message, where=what, found=_said(error) + times, hint=hint)
-
-
-def without_secrets(text: str) -> str:
-    """Return a text with what looks like a token, and the one in use, blotted out."""
-    token = get_token()
-    if token:
-        text = text.replace(token, "[token]")
-    return _TOKEN.sub("[token]", text)
 
 
 def _explanation(error: Exception) -> tuple[str, str]:
@@ -215,7 +206,7 @@ def _said(error: Exception) -> str:
         said = error.response.headers.get("X-Error-Message") or error.server_message or ""
     else:
         said = str(error).partition("\n")[0] or type(error).__name__
-    said = quoted(without_secrets(said)) if said else ""
+    said = quoted(without_secrets(said, also=get_token())) if said else ""
     return f"status {status}{': ' if said else ''}{said}" if status else said
 
 
@@ -226,7 +217,7 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
         return float(value)
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())

@@ -159,7 +159,8 @@ class Job:
         """
         if len(self._done) < len(self._wanted):
             self._check_in_the_way()
-            for path in self._place.take_apart(self._transfer.snapshot):
+            wanted = {file.path for file in self._wanted}
+            for path in self._place.take_apart(self._transfer.snapshot, wanted):
                 self._done.pop(path, None)
         self._meter.start()
         for file in self._wanted:

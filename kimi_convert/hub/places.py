@@ -13,7 +13,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,11 +65,11 @@ class Place(ABC):
     def show(self, file: RemoteFile) -> None:
         """Let a finished file appear under its name."""
 
-    def take_apart(self, snapshot: Snapshot) -> tuple[str, ...]:
+    def take_apart(self, snapshot: Snapshot, wanted: Collection[str]) -> tuple[str, ...]:
         """Make a checkpoint of another commit unloadable before files replace its own.
 
         Returns:
-            The paths of the files that were removed; they are wanted again.
+            The paths of the files that were removed, of those that are wanted.
         """
         return ()
 
@@ -181,13 +181,15 @@ class FolderPlace(Place):
     def show(self, file: RemoteFile) -> None:
         """Do nothing: the file lies under its name."""
 
-    def take_apart(self, snapshot: Snapshot) -> tuple[str, ...]:
+    def take_apart(self, snapshot: Snapshot, wanted: Collection[str]) -> tuple[str, ...]:
         """Remove what makes the folder loadable, if it is of another commit."""
         origin = read_origin(self.folder)
         if origin is None or origin.commit == snapshot.commit:
             return ()
         removed = [
-            name for name in LAST_FILES if (self.folder / name).exists() and self.was_fetched(name)
+            name
+            for name in LAST_FILES
+            if name in wanted and (self.folder / name).exists() and self.was_fetched(name)
         ]
         with disk_errors(self.folder, doing="write to the download folder"):
             for name in removed:

@@ -7,6 +7,7 @@ of it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from kimi_convert.hub.publish_plan import PublishPlan, differences, foreign_chan
 from kimi_convert.hub.reference import DEFAULT_REVISION
 from kimi_convert.hub.remote import Remote, RemoteFile
 from kimi_convert.hub.upload import upload_contents
+
+_LOOKS_AFTER_MERGE = 3
 
 T = TypeVar("T")
 
@@ -151,6 +154,12 @@ class Publication:
             HubError: it cannot be.
             VerificationError: what the repository lists is not what was sent.
         """
+        if not state.has_branch:
+            self._once(
+                lambda: self._api.create_branch(
+                    self._repository, branch=self._branch, revision=state.commit
+                )
+            )
         if plan.is_done:
             return Published(state.commit)
         if self._branch != DEFAULT_REVISION:
@@ -164,19 +173,12 @@ class Publication:
         if not merge:
             return Published(head, number)
         self._once(lambda: self._api.merge_pull_request(self._repository, number))
-        commit = self._verify(plan, DEFAULT_REVISION)
-        return Published(commit, number, merged=True)
+        return Published(self._verify_merged(plan), number, merged=True)
 
     def _to_branch(
         self, folder: Path, plan: PublishPlan, state: State, on_progress: ProgressCallback
     ) -> Published:
         """Commit to a branch: all of it at once, and only if nobody has been there since."""
-        if not state.has_branch:
-            self._once(
-                lambda: self._api.create_branch(
-                    self._repository, branch=self._branch, revision=state.commit
-                )
-            )
         additions = self._upload(folder, plan, branch=self._branch, on_progress=on_progress)
         self._once(
             lambda: self._api.create_commit(
@@ -267,6 +269,15 @@ class Publication:
                 hint="Somebody else may have changed them: look at its page, then run again.",
             )
         return commit
+
+    def _verify_merged(self, plan: PublishPlan) -> str:
+        """Like `_verify`, with some patience: a listing may lag behind a merge."""
+        for failures in range(1, _LOOKS_AFTER_MERGE):
+            try:
+                return self._verify(plan, DEFAULT_REVISION)
+            except VerificationError:
+                time.sleep(self._remote.policy.wait_s(failures, None))
+        return self._verify(plan, DEFAULT_REVISION)
 
     def _ask(self, request: Callable[[], T]) -> T:
         """Make a request that changes nothing, or nothing that shows: again where that helps."""

@@ -28,7 +28,7 @@ DEFAULT_POLICY = RetryPolicy()
 _LIBRARY = "kimi-convert"
 _MAX_REDIRECTS = 5
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_TIMEOUT = httpx2.Timeout(10.0, read=30.0)
+_TIMEOUT = httpx2.Timeout(10.0, read=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ an interrupt the same call goes on from there.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Generator
@@ -22,7 +23,7 @@ from kimi_convert.checkpoints.origin import ORIGIN_FILE
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
-from kimi_convert.errors import ResourceError
+from kimi_convert.errors import OutputError, ResourceError
 from kimi_convert.hub.headers import write_headers
 from kimi_convert.hub.places import origin_text
 from kimi_convert.hub.reference import Reference
@@ -113,28 +114,66 @@ def streamed_source(
 
     Raises:
         HubError, CheckpointError: it cannot be fetched, or is not a checkpoint.
+        OutputError: another process streams a source for the same output.
         ResourceError: the folder cannot be written.
     """
     remote = connect()
     snapshot = remote.pin(reference)
+    transfer = Transfer(remote, snapshot)
     work = work_folder(output)
     headers, weights = work / _HEADERS, work / f"{_WEIGHTS}-{snapshot.commit[:12]}"
-    with disk_errors(work, doing="write beside the output"):
-        weights.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(headers, ignore_errors=True)
-        headers.mkdir()
-        _fill(headers, snapshot, Transfer(remote, snapshot))
-        for shard in write_headers(remote, snapshot, headers):
-            # A conversion tells by size and time whether its source is the same as before.
-            os.utime(headers / shard.path, ns=(_time_ns(snapshot), _time_ns(snapshot)))
-    yield StreamedSource(headers, HubShards(Transfer(remote, snapshot), weights, on_progress))
-    shutil.rmtree(work)
+    with _locked(work):
+        try:
+            _write_headers(transfer, headers)
+            weights.mkdir(exist_ok=True)
+            yield StreamedSource(headers, HubShards(transfer, weights, on_progress))
+        except BaseException:
+            if not (weights.is_dir() and any(weights.iterdir())):
+                shutil.rmtree(work, ignore_errors=True)  # nothing in it is worth keeping
+            raise
+        shutil.rmtree(work)
 
 
 def work_folder(output: Path) -> Path:
     """Return the folder of what is fetched, beside the output."""
     resolved = output.resolve()
     return resolved.with_name(resolved.name + WORK_SUFFIX)
+
+
+@contextmanager
+def _locked(work: Path) -> Generator[None]:
+    """Own the folder: the system drops the lock when the process dies."""
+    with disk_errors(work, doing="write beside the output"):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _acquire(lock, work)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _acquire(lock: int, work: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            "another process streams a source for this output",
+            where=work,
+            hint="Wait for it to end, or choose another folder for the output.",
+        ) from error
+
+
+def _write_headers(transfer: Transfer, folder: Path) -> None:
+    """Make the folder of headers anew."""
+    snapshot = transfer.snapshot
+    with disk_errors(folder, doing="write beside the output"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        _fill(folder, snapshot, transfer)
+        for shard in write_headers(transfer.remote, snapshot, folder):
+            # A conversion tells by size and time whether its source is the same as before.
+            os.utime(folder / shard.path, ns=(_time_ns(snapshot), _time_ns(snapshot)))
 
 
 def _fill(folder: Path, snapshot: Snapshot, transfer: Transfer) -> None:

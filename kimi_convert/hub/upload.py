@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.config.secrets import without_secrets
 from kimi_convert.errors import HubError, VerificationError
-from kimi_convert.hub.failures import NETWORK_ERRORS, call, without_secrets
+from kimi_convert.hub.failures import NETWORK_ERRORS, call
 from kimi_convert.hub.publish_plan import LocalFile, PublishPlan
 from kimi_convert.hub.remote import Remote
 
@@ -80,7 +81,7 @@ def _send(api: HfApi, repository: str, addition: CommitOperationAdd, branch: str
         raise HubError(
             "the upload breaks off",
             where=f"{repository}: {addition.path_in_repo}",
-            found=quoted(without_secrets(str(error))),
+            found=quoted(without_secrets(str(error), also=get_token())),
             hint="Run again: what has been sent is not sent again.",
         ) from error
 

@@ -237,6 +237,18 @@ def test_index_with_foreign_name_asks_for_no_other_repository(hub, tmp_path):
     assert not hub.asked("secret")
 
 
+@pytest.mark.parametrize("form", ["--json", "--quiet"])
+def test_traceback_of_a_bug_holds_no_token(hub, tmp_path, monkeypatch, form):
+    def broken(*_, **__):
+        raise RuntimeError(f"sent Authorization: Bearer {TOKEN} and {TOKEN}")  # noqa: F405
+
+    monkeypatch.setattr("kimi_convert.hub.download.connect", broken)
+    done = run_here("download", NAME, "--local-dir", tmp_path / "out", "--verbose", form)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr  # noqa: F405
+
+
 def test_unknown_revision_says_where_to_look(hub, tmp_path):
     sound(hub)
     done = run_here("download", f"{NAME}@v9", "--local-dir", tmp_path / "out")

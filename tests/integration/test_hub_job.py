@@ -138,6 +138,24 @@ def test_xet_uploads_are_published_and_downloaded(tmp_path):
         assert contents(tmp_path / "again") == contents(folder)
 
 
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_two_processes_share_one_download(hub, tmp_path, place):
+    hub.store.create("tester/moonlet").seed(EXAMPLE)
+    hub.fault("GET .*00001-of-00002", cut=1_000_000)
+    where = ["--local-dir", tmp_path / "out"] if place == "folder" else []
+    arguments = command("download", "tester/moonlet", *where, "--json", "--quiet")
+    extra = environment(**hub_environment(hub, tmp_path))
+    both = [
+        subprocess.Popen(arguments, env=extra, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    folders = {json.loads(process.communicate(timeout=120)[0])["folder"] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert contents(folders.pop()) == contents(EXAMPLE)
+    assert folders == set()
+    shards = EXAMPLE.glob("*.safetensors")
+    assert hub.sent("safetensors$") == sum(path.stat().st_size for path in shards)
+
+
 def test_interrupt_ends_with_130_and_keeps_what_came(slow_hub, tmp_path):
     hub, going_on = slow_hub, threading.Event()
     hub.fault("GET .*/model.safetensors", cut=50_000_000, hang=going_on)

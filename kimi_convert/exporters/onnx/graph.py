@@ -98,7 +98,8 @@ def _mix(
 def _token_mask(m: ModelBuilder) -> ir.Value:
     """Return [N, 1]: 1 for tokens, 0 for padding."""
     with m.scope("tokens"):
-        return m.reshape(m.cast(m.last_tokens(m.attention_mask), m.dtype), -1, 1)
+        mask = m.cast(m.last_tokens(m.attention_mask), m.dtype)
+        return m.op("Reshape", mask, m.integers(-1, 1), name="is_token")
 
 
 def _logits(m: ModelBuilder, hidden: ir.Value) -> ir.Value:

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from kimi_convert.checkpoints.disk import write_all
+from kimi_convert.checkpoints.origin import read_origin
 from kimi_convert.errors import HubError, OutputError, ResourceError, UsageError
 from kimi_convert.hub import download_checkpoint, fetch_job, transfer
 from kimi_convert.hub.transfer import PIECE_BYTES
@@ -153,6 +154,15 @@ def test_update_that_breaks_off_leaves_no_mixture_that_loads(hub, repository, tm
     hub.faults.clear()
     download_checkpoint(NAME, local_dir=tmp_path / "out")
     assert contents(tmp_path / "out") == {name: repository.read(name) for name in WANTED}
+
+
+def test_some_files_of_another_commit_leave_the_checkpoint_loadable(hub, repository, tmp_path):
+    first = repository.head
+    download_checkpoint(NAME, local_dir=tmp_path / "out")
+    repository.seed({"README.md": b"new"})
+    download_checkpoint(NAME, local_dir=tmp_path / "out", include=["README.md"])
+    assert set(contents(tmp_path / "out")) == WANTED
+    assert read_origin(tmp_path / "out").commit == first
 
 
 def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):

@@ -18,6 +18,7 @@ from kimi_convert.hub import PublishOptions, download_checkpoint, publish_checkp
 from kimi_convert.validation import ValidationOptions, validate_checkpoint
 from kimi_convert.validation.options import Check
 from kimi_convert.validation.record import write_record
+from tests.hub_server import Repository
 from tests.hub_server.fixtures import *  # noqa: F403
 from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
@@ -160,6 +161,30 @@ def test_branch_leaves_main_alone(hub, folder):
     assert shown(repository) == {}
     assert shown(repository, "fitted") == local(folder)
     assert repository.tags["v2"] == result.commit
+
+
+def test_branch_is_made_where_its_contents_are_those_of_main(hub, folder):
+    publish_checkpoint(folder, NAME)
+    publish_checkpoint(folder, NAME, options=PublishOptions(branch="release"))
+    assert shown(hub.store.repositories[NAME], "release") == local(folder)
+
+
+def test_listing_that_lags_behind_the_merge_is_waited_for(hub, folder, monkeypatch):
+    merged = []
+
+    def lagging(repository, pull):
+        before = repository.head
+        merge(repository, pull)
+        merged.append(repository.head)
+        repository.branches["main"] = before
+
+    def catch_up(_):
+        hub.store.repositories[NAME].branches["main"] = merged[-1]
+
+    merge = Repository.merge
+    monkeypatch.setattr(Repository, "merge", lagging)
+    monkeypatch.setattr("kimi_convert.hub.publication.time.sleep", catch_up)
+    assert publish_checkpoint(folder, NAME).commit == merged[-1]
 
 
 def test_store_that_damages_a_file_keeps_main_as_it_was(hub, folder, monkeypatch):
@@ -310,6 +335,18 @@ def test_signature_holds_for_what_is_downloaded(hub, folder, keys, tmp_path):
     assert signature_of(folder, keys[1]) == (True, signed)
     again = publish_checkpoint(folder, NAME, options=PublishOptions(sign_key=keys[0]))
     assert again.plan.is_done
+
+
+def test_signature_is_asked_for_on_the_command_line(hub, folder, keys):
+    done = run_here("publish", folder, NAME, "--sign-key", keys[0], "--json")
+    assert done.returncode == 0, done.stderr
+    done = run_here("validate", folder, "--verify-signature", keys[1])
+    assert done.returncode == 0, done.stdout
+    assert "holds for" in done.stdout
+    (folder / "LICENSE").write_text("other terms", encoding="ascii")
+    done = run_here("validate", folder, "--verify-signature", keys[1])
+    assert done.returncode == 6
+    assert "signature does not hold" in done.stdout
 
 
 def test_changed_download_fails_the_signature(hub, folder, keys, tmp_path):

@@ -126,6 +126,23 @@ def test_what_cannot_be_streamed_is_refused(hub, repository, tmp_path, arguments
     assert not (tmp_path / "out").exists()
 
 
+def test_taken_output_leaves_nothing_beside_it(hub, repository, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine", encoding="ascii")
+    assert stream(tmp_path / "out").returncode == 3
+    assert weights_of(hub) == []
+    assert not (tmp_path / "out.source").exists()
+
+
+def test_second_process_does_not_touch_the_folder_of_the_first(hub, repository, tmp_path):
+    with streamed_source(Reference(NAME), tmp_path / "out", on_progress=lambda _: None) as first:
+        first.weights.provide("model-00001-of-00008.safetensors")
+        done = stream(tmp_path / "out")
+        assert done.returncode == 3
+        assert "another process" in done.stderr
+        assert (first.folder / "config.json").exists()
+
+
 def test_own_folder_is_not_discarded(hub, checkpoint, tmp_path):
     done = run_here("convert", checkpoint, tmp_path / "out", *OPTIONS, "--discard-source-shards")
     assert done.returncode == 2

@@ -26,8 +26,8 @@ def reference_run(model, tokens):
 
 
 @torch.inference_mode()
-def reference_states(model, cache):
-    """Return what a graph with materialised keys and values keeps, by the inputs' names."""
+def reference_states(model, cache, *, latent=False):
+    """Return what a graph keeps, by the inputs' names."""
     states = {}
     for layer_idx, (layer, kept) in enumerate(zip(model.layers, cache.layers, strict=True)):
         name = f"past_key_values.{layer_idx}."
@@ -35,6 +35,8 @@ def reference_states(model, cache):
             taps = (kept.q_conv, kept.k_conv, kept.v_conv)
             states[name + "conv_state"] = torch.cat(taps, dim=1).numpy()
             states[name + "recurrent_state"] = kept.state.numpy()
+        elif latent:
+            states[name + "latent"] = kept._rows[:, None, : kept.length].numpy()
         else:
             keys, values = layer.mla._keys_values(kept._rows[:, : kept.length])
             states[name + "key"] = keys.transpose(1, 2).numpy()
@@ -56,7 +58,8 @@ def run_pieces(session, tokens, sizes):
 def state_errors(model, cache, states):
     """Return the error of every state; values of MLA layers may be padded with zeros."""
     errors = {}
-    for name, wanted in reference_states(model, cache).items():
+    latent = any(name.endswith("latent") for name in states.values)
+    for name, wanted in reference_states(model, cache, latent=latent).items():
         found = states.values[name].numpy()
         assert not found[..., wanted.shape[-1] :].any(), name
         errors[name] = error(found[..., : wanted.shape[-1]], wanted)

@@ -78,8 +78,7 @@ def test_onnx_runtime_gives_the_reference_s_logits_and_states(hybrid, exported, 
     wanted, cache = reference_run(model, tokens)
     logits, states = run_pieces(OnnxSession(exported(options), threads=1), tokens, (1, 5, 2, 1))
     assert error(logits, wanted) <= FP32_BOUND
-    if options.mla is MlaForm.MATERIALISED:
-        assert max(state_errors(model, cache, states).values()) <= FP32_BOUND
+    assert max(state_errors(model, cache, states).values()) <= FP32_BOUND
 
 
 @pytest.mark.parametrize("options", EVALUATED.values(), ids=EVALUATED)
