@@ -135,6 +135,7 @@ class Recipe:
         if self.calibration is not None:
             document |= self.calibration.to_json()
         document["keep_layers"] = self._keep_text()
+        document["output_format"] = str(self.output_format)
         document["half_life_tokens"] = list(self.half_life_tokens)
         return document
 

@@ -183,6 +183,10 @@ class KimiDeltaAttention(KernelModule):
             lower_bound=self.lower_bound,
         )
 
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the natural log of the decay [B, T, H, K] on inputs x [B, T, D], in torch."""
+        return self.gate_law().log_decay(self._heads(self._decay_logits(x)))
+
     def _decay_logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.f(x) if self.full_rank_gates else self.f_b(self.f_a(x))  # [..., P]
 

@@ -21,6 +21,7 @@ from kimi_convert.config.calibration import AlignRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.align import align_mixer
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.dynamics import dynamics_of
 from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.outputs import solve_output
@@ -135,6 +136,7 @@ class _Solver:
                 "mixer": student.prefix[:-1],
                 **solved.to_record(),
                 "stream_error": stream_error,
+                **dynamics_of(student, x[rows:]),
                 **aligned,
             },
         )

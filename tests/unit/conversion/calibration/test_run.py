@@ -144,6 +144,14 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
     for layer in document["layers"]:
         assert layer["kl_as_kda"] > 0
         assert layer["kl_as_mla"] > 0
+        assert 0 < layer["error"] < 1
+        # A least-squares solution is as long as its angle to the target says, on its own tokens.
+        assert 0 < layer["cosine"] <= 1
+        assert layer["norm_ratio"] > 0
+        assert layer["solved"]["stream_error"] > 0
+        assert (layer["half_life"] is None) == (layer["mixer"] == "mla")
+        assert layer["beta"] is None or 0 < layer["beta"] < 1
+        assert sum(layer["bases"].values()) == 4
     assert document["compared"][0]["kept"] == [3]
     best = min(document["compared"], key=lambda one: one["kl"])
     assert document["kept"] == best["kept"]
