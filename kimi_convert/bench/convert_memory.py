@@ -115,7 +115,7 @@ def measure_conversion(folder: Path, document: Mapping[str, object]) -> ConvertM
     result_path = folder / "result.json"
     with result_path.open("wb") as result_file:
         process = subprocess.Popen(command, stdout=result_file)  # noqa: S603  (our own program)
-        peak_bytes = _wait(process)
+        peak_bytes = wait_for_peak(process)
     if process.returncode:
         raise VerificationError(
             "the conversion that was to be measured failed",
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def wait_for_peak(process: subprocess.Popen[bytes]) -> int:
     """Wait for a process; return the peak of its resident set in bytes."""
     try:
         _, status, usage = os.wait4(process.pid, 0)

@@ -26,6 +26,7 @@ _PACKAGES = (
     "onnx",
     "onnx-ir",
     "onnxruntime",
+    "matplotlib",
     "ray",
 )
 
@@ -48,8 +49,9 @@ _FEATURES = (
     Feature("download, publish, sources by name", ("huggingface_hub", "httpx2"), "kimi-convert"),
     Feature("signatures", ("model-signing", "pyOpenSSL"), "kimi-convert[sign]"),
     Feature(
-        "tests against other implementations", ("transformers", "mlx-lm"), "kimi-convert[oracles]"
+        "parity with other implementations", ("transformers", "mlx-lm"), "kimi-convert[oracles]"
     ),
+    Feature("reports of parity", ("matplotlib",), "kimi-convert[report]"),
 )
 
 

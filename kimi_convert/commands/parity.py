@@ -22,7 +22,7 @@ ArtifactsArg = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="ARTIFACT",
-        help="Folders written from it: other shards, another dtype.",
+        help="Folders written from it: other shards, another dtype, an ONNX graph.",
         show_default=False,
     ),
 ]
@@ -184,8 +184,8 @@ def _matrix(report: ParityReport) -> Table:
         for number, name in enumerate(names, start=1)
     )
     return Table(
-        f"Logits of all {len(names)} in pairs; ~ need not agree: they make other choices, "
-        "as the numerics of the model say",
+        f"Logits of all {len(names)} in pairs; ~ need not agree, as the two choose otherwise where "
+        "implementations disagree",
         ("implementation", *columns),
         rows,
         right=columns,
@@ -196,7 +196,9 @@ def _pair_cell(pair: PairError | None) -> str:
     if pair is None:
         return ""
     mark = "~" if pair.bound is None else "" if pair.passed else "!"
-    return f"{mark}{pair.relative_error:.1e}"
+    # 1e-6, not 1e-06: a row may have twenty of them.
+    digits, _, exponent = f"{pair.relative_error:.0e}".partition("e")
+    return f"{mark}{digits}e{int(exponent)}" if exponent else f"{mark}{digits}"
 
 
 def _first_of(names: tuple[str, ...]) -> str:

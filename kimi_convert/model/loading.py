@@ -35,6 +35,8 @@ from kimi_convert.model.norm import RmsNorm
 from kimi_convert.model.numerics import SERVED, Numerics
 
 Model = KimiLinear | MlaTransformer | BailingHybrid
+# A layer of 256 experts has gigabytes, which would be resident twice: as pages and as its copy.
+_MAPPED_BYTES = 256 * 1024 * 1024
 _MODELS: Mapping[str, type[Model]] = {
     "deepseek_v2": MlaTransformer,
     "deepseek_v3": MlaTransformer,
@@ -167,17 +169,25 @@ class LayerLoader:
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Give every parameter of a module without memory its values, and its kernels a backend."""
         use_backend(module, self.backend)
+        mapped = 0
         for name, parameter in list(module.named_parameters()):
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            parts = {prefix + name: values}
             if isinstance(owner, Experts):
-                for expert, part in enumerate(values):
-                    self._read(f"{prefix}{path}.{expert}.{leaf}.weight", into=part)
-            else:
-                self._read(prefix + name, into=values)
+                parts = {
+                    f"{prefix}{path}.{expert}.{leaf}.weight": part
+                    for expert, part in enumerate(values)
+                }
+            for stored, part in parts.items():
+                self._read(stored, into=part)
+                mapped += part.nbytes
+                # Mapped pages count as resident until their files are closed.
+                if mapped > _MAPPED_BYTES:
+                    self.reader.release()
+                    mapped = 0
             setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
-        # Mapped pages count as resident until their files are closed.
         self.reader.release()
 
     def _read(self, param: str, *, into: torch.Tensor) -> None:

@@ -22,7 +22,6 @@ from kimi_convert.validation.parity.torch_model import (
     continue_greedily,
     trace_checkpoint,
 )
-from tests.integration.command_line import run_here
 from tests.parity import faults
 
 TOKENS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(2))
@@ -93,23 +92,24 @@ def test_every_state_of_a_graph_is_compared(tiny_hybrid, graphs, reference):
         assert set(result.states) == {0, 1, 2}
 
 
-def test_fault_in_a_graph_is_found(tiny_hybrid, tmp_path):
+def test_fault_in_a_graph_is_found(tiny_hybrid, reference, tmp_path):
     wrong = faults.artifact_with(faults.round_a_log, tiny_hybrid, tmp_path / "wrong")
     export_onnx(wrong, tmp_path / "graph")
-    assert is_graph(tmp_path / "graph")
-    size = ("--tokens", 20, "--new-tokens", 0)
-    done = run_here("parity", tiny_hybrid, tmp_path / "graph", "--against", "torch", *size)
-    assert done.returncode == 6
-    found = "graph, ONNX Runtime, prefill: the first difference is at layers.2.kda.decay"
-    assert found in done.stdout
+    trace = RUNS["runtime"](request(tiny_hybrid, tmp_path / "graph"))["prefill"]
+    result = compare_traces(trace, reference, dtype=torch.float32, config=read_config(tiny_hybrid))
+    assert result.location.name == "layers.2.kda.decay"
+
+
+def test_graph_is_run_by_everything_that_can(graphs):
+    assert is_graph(graphs / "ort")
+    assert {runner.module for runner in graph_runners(graphs / "ort", name="g")} == {
+        "onnx_runtime",
+        "onnx_reference",
+        "onnx_genai",
+    }
 
 
 def test_evaluator_declines_what_only_a_runtime_has(tiny_hybrid, graphs):
     module = onnx_reference.__name__
     with pytest.raises(OracleDeclinedError, match="MoE is a runtime's alone"):
         ask_oracle(module, request(tiny_hybrid, graphs / "ort"))
-    assert {runner.module for runner in graph_runners(graphs / "ort")} == {
-        "onnx_runtime",
-        "onnx_reference",
-        "onnx_genai",
-    }

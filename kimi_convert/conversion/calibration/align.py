@@ -23,6 +23,7 @@ _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _DIVERGED = 4.0  # times the first loss, on average over as many steps as the next says
 _AVERAGED = 10
+_NOTHING_TO_GAIN = 1e-6  # a relative squared error; bf16 weights alone make about 1e-5
 
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
 # is a logarithm. Chosen on calibration text of the bundled checkpoint.
@@ -80,7 +81,7 @@ def align_mixer(
     *,
     seed: int,
 ) -> Trained:
-    """Train a mixer in place.
+    """Train a mixer in place; one that is on its target already is left alone.
 
     Args:
         student: its parameters change.
@@ -105,6 +106,9 @@ def align_mixer(
             values = {name: one.value for name, one in parameters.items()}
             found = functional_call(student.module, values, (x[rows],)) @ output.value
             loss = (found - y[rows]).square().sum() / y[rows].square().sum()
+            if not losses and float(loss.detach()) < _NOTHING_TO_GAIN:
+                # A layer that stays as it was: steps of a fixed size would only lead away.
+                return Trained(losses=(float(loss.detach()),) * 2, tokens=0)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(leaves, _CLIP)

@@ -152,24 +152,27 @@ class CopiedWeights:
         shape: Sequence[int],
     ) -> QuantizedMatrix:
         """Plan integers, then their scales, which are kept while the integers are written."""
+        rows, width = sources[0][0].shape
+        rows *= len(sources[0])
         kept: list[np.ndarray] = []
 
         def integers(reader: CheckpointReader) -> Iterator[memoryview]:
+            # At once: small arrays that stay between large ones that go would take the heap apart.
+            all_scales = np.empty((rows * len(sources), num_blocks(width)), dtype=np.float32)
+            kept.append(all_scales)
+            at = 0
             for specs in sources:
                 for part in quantized_rows(reader, specs, bits):
-                    kept.append(part.scales)
+                    all_scales[at : at + len(part.scales)] = part.scales
+                    at += len(part.scales)
                     yield np.ascontiguousarray(part.packed).reshape(-1).data
-                reader.release()
 
         def scales(reader: CheckpointReader) -> Iterator[memoryview]:
-            yield from (part.reshape(-1).view(np.uint8).data for part in kept)
-            kept.clear()
+            yield kept.pop().reshape(-1).view(np.uint8).data
 
-        rows, width = sources[0][0].shape
         source_bytes = sum(spec.nbytes for specs in sources for spec in specs)
         packed = self.add_bytes(f"{name}.int{bits}", "U8", shape, integers, source_bytes)
         stacked = shape[:1] if len(sources) > 1 else ()
-        rows *= len(sources[0])
         scale_shape = (*stacked, rows, num_blocks(width))
         return QuantizedMatrix(
             packed, self.add_bytes(f"{name}.scales", "F32", scale_shape, scales, 0), rows, width

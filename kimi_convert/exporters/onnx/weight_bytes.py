@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert.checkpoints.dtypes import DTYPES, torch_dtype
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
@@ -42,19 +42,24 @@ def quantized_rows(
         specs: the matrices; of several, rows take turns.
         bits: 4 or 8.
     """
-    rows, width = specs[0].shape
+    width = specs[0].shape[1]
     step = max(1, _ROWS_BYTES // (4 * width * len(specs)))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        parts = [_wide_rows(reader, spec, start, stop) for spec in specs]
-        yield quantize(np.stack(parts, axis=1).reshape(-1, width), bits)
+    parts = [_wide_rows(reader, spec, step) for spec in specs]
+    for rows in zip(*parts, strict=True):
+        yield quantize(np.stack(rows, axis=1).reshape(-1, width), bits)
 
 
-def _wide_rows(reader: CheckpointReader, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
-    values = reader.rows(spec.name, start, stop).float().numpy()
-    if not np.isfinite([values.min(), values.max()]).all():
-        raise _not_finite(reader, spec, "an integer")
-    return values
+def _wide_rows(reader: CheckpointReader, spec: TensorSpec, step: int) -> Iterator[np.ndarray]:
+    """Give so many rows at a time in fp32; read, not mapped, so that no page stays resident."""
+    import torch
+
+    width = spec.shape[1]
+    row_bytes = width * DTYPES[spec.dtype].width_bytes
+    for chunk in reader.chunks(spec.name, chunk_bytes=step * row_bytes):
+        values = torch.frombuffer(chunk, dtype=torch_dtype(spec.dtype)).float().numpy()
+        if not np.isfinite([values.min(), values.max()]).all():
+            raise _not_finite(reader, spec, "an integer")
+        yield values.reshape(-1, width)
 
 
 def converted(reader: CheckpointReader, spec: TensorSpec, dtype: str) -> Iterator[memoryview]:

@@ -9,9 +9,8 @@ from kimi_convert.validation.page.data import ReportData
 from kimi_convert.validation.parity.report import ImplementationResult
 from kimi_convert.validation.report import ModelScores, Scores
 
-_FINE = ("float32", "float64")
-# An error of 0 has no place on a logarithmic axis.
-_LEAST_ERROR = 1e-9
+# Name of a group of implementations -> the dtypes in it; each has one bound.
+_GROUPS = {"fp32, fp64": ("float32", "float64"), "bf16": ("bfloat16",), "fp16": ("float16",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +65,14 @@ def charts_of(data: ReportData) -> list[Chart]:
 def _errors(data: ReportData) -> list[Chart]:
     """Per layer, from the smallest to the largest error of the implementations of one dtype."""
     groups = {
-        "fp32 and fp64": [r for r in data.parity.implementations if r.dtype in _FINE],
-        "bf16 and fp16": [r for r in data.parity.implementations if r.dtype not in _FINE],
+        name: [one for one in data.parity.implementations if one.dtype in dtypes]
+        for name, dtypes in _GROUPS.items()
     }
     series: list[Series] = []
     limits: dict[float, Limit] = {}
     for name, results in groups.items():
-        if results:
-            spread = tuple(_spread(results, data.parity.num_layers))
+        spread = tuple(_spread(results, data.parity.num_layers))
+        if spread:
             series.append(Series(name, spread, colour=len(series)))
             bound = max(one.comparison.bound for one in results)
             limits[bound] = Limit(bound, f"bound {bound:.0e}")
@@ -82,7 +81,8 @@ def _errors(data: ReportData) -> list[Chart]:
             key="errors-by-layer",
             title="Error of the hidden state after each layer",
             note="Largest difference over largest value, against the reference in fp32: the bar "
-            "goes from the best to the worst implementation, the mark is their median.",
+            "goes from the best to the worst implementation, the mark is their median. What is "
+            "equal to the last bit is not drawn.",
             x_label="layer",
             y_label="relative error",
             series=tuple(series),
@@ -96,9 +96,9 @@ def _errors(data: ReportData) -> list[Chart]:
 def _spread(results: Sequence[ImplementationResult], num_layers: int) -> Iterable[Point]:
     for layer_idx in range(num_layers):
         errors = sorted(
-            max(one.comparison.hidden[layer_idx], _LEAST_ERROR)
+            one.comparison.hidden[layer_idx]
             for one in results
-            if layer_idx in one.comparison.hidden
+            if one.comparison.hidden.get(layer_idx, 0) > 0
         )
         if errors:
             yield Point(layer_idx, errors[len(errors) // 2], errors[0], errors[-1])

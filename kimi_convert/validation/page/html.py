@@ -89,7 +89,7 @@ def _layer_map(data: ReportData) -> Iterable[str]:
         )
     yield "</ol>"
     if any(row.converted for row in data.layers):
-        yield "<p>KDA layers took the place of MLA layers of the source; the rest was carried over.</p>"
+        yield "<p>KDA layers took the place of MLA layers of the source.</p>"
     yield "</section>"
 
 
@@ -121,14 +121,18 @@ def _cells(one: ImplementationResult) -> tuple[str, ...]:
         one.name,
         one.dtype,
         f"{logits.relative_error:.1e}",
-        f"{max(found.hidden.values(), default=0.0):.1e}",
-        f"{max(found.states.values(), default=0.0):.1e}" if found.states else "-",
+        _worst(found.hidden),
+        _worst(found.states),
         f"{max(logits.kl, 0.0):.0e}",
         f"{logits.tokens - logits.disagreements}/{logits.tokens}",
         greedy,
         f"{found.bound:.0e}",
         "agrees" if one.passed else "DIFFERS",
     )
+
+
+def _worst(by_layer: Mapping[int, float]) -> str:
+    return f"{max(by_layer.values()):.1e}" if by_layer else "-"
 
 
 def _faults(data: ReportData) -> Iterable[str]:

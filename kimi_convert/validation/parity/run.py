@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,8 @@ def compare_implementations(
     tokens = _tokens(checkpoint, config, text=text, options=options)
     runners = [
         runner
-        for path in artifacts
-        for runner in _artifact_runners(checkpoint, config, Path(path))
+        for path, name in _named([Path(path) for path in artifacts])
+        for runner in _artifact_runners(checkpoint, config, path, name=name)
     ]
     runners += [r for r in RUNNERS if not options.against or r.name in options.against]
     references = _References(checkpoint, config, tokens, options, on_progress)
@@ -138,10 +139,19 @@ def compare_implementations(
     )
 
 
-def _artifact_runners(checkpoint: Path, config: ModelConfig, artifact: Path) -> list[Runner]:
+def _named(artifacts: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Give each artifact the name of its folder, or its path where that is taken."""
+    taken = Counter([path.name for path in artifacts] + [r.name for r in RUNNERS] + [REFERENCE])
+    return [(path, path.name if taken[path.name] == 1 else str(path)) for path in artifacts]
+
+
+def _artifact_runners(
+    checkpoint: Path, config: ModelConfig, artifact: Path, *, name: str
+) -> list[Runner]:
     if is_graph(artifact):
-        return graph_runners(artifact)
-    return [artifact_runner(artifact, rounded=rounded_dtype(checkpoint, config, artifact))]
+        return graph_runners(artifact, name=name)
+    rounded = rounded_dtype(checkpoint, config, artifact)
+    return [artifact_runner(artifact, name=name, rounded=rounded)]
 
 
 def _tokens(

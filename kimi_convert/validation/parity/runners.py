@@ -142,11 +142,11 @@ def is_graph(artifact: Path) -> bool:
     return (artifact / _GRAPH_FILE).is_file()
 
 
-def graph_runners(artifact: Path) -> list[Runner]:
+def graph_runners(artifact: Path, *, name: str) -> list[Runner]:
     """Return everything that runs an exported graph."""
     return [
         GraphRunner(
-            name=f"{artifact.name}, {title}",
+            name=f"{name}, {title}",
             what=f"{title} on {artifact}",
             module=module,
             packages=packages,
@@ -156,16 +156,17 @@ def graph_runners(artifact: Path) -> list[Runner]:
     ]
 
 
-def artifact_runner(artifact: Path, *, rounded: torch.dtype | None) -> TorchRunner:
+def artifact_runner(artifact: Path, *, name: str, rounded: torch.dtype | None) -> TorchRunner:
     """Return what runs a folder of safetensors.
 
     Args:
         artifact: the folder.
+        name: of its row.
         rounded: the coarsest dtype that its weights were rounded to; None if none were.
     """
     stored = "weights as in the checkpoint" if rounded is None else f"weights in {rounded}"
     return TorchRunner(
-        name=artifact.name or str(artifact),
+        name=name,
         what=f"our model on {artifact}, {stored.replace('torch.', '')}",
         setting=TorchRun(numerics=SERVED),
         artifact=artifact,

@@ -48,6 +48,15 @@ def test_artifact_is_compared_under_its_folders_name(checkpoint, tmp_path):
     assert report.passed
 
 
+def test_artifacts_whose_names_are_taken_go_by_their_paths(checkpoint, tmp_path):
+    for name in ("one/out", "other/out", "decode"):
+        run_here("export", "safetensors", checkpoint, tmp_path / name)
+    artifacts = [tmp_path / name for name in ("one/out", "other/out", "decode")]
+    options = ParityOptions(against=("torch",), tokens=8, new_tokens=0)
+    report = compare_implementations(checkpoint, artifacts, options=options)
+    assert [one.name for one in report.implementations] == list(map(str, artifacts))
+
+
 def test_library_that_is_not_there_is_said_to_be_absent(checkpoint, monkeypatch):
     monkeypatch.setattr(
         "kimi_convert.validation.parity.process_runners.find_spec", lambda package: None

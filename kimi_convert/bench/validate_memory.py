@@ -1,0 +1,173 @@
+"""Measure the memory that `kimi-convert validate` takes on a checkpoint of Kimi-Linear-48B's shape.
+
+    python -m kimi_convert.bench.validate_memory [--folder DIR] [--layers N] [--tokens N]
+
+The checkpoint has the config, names and shapes of Kimi-Linear-48B-A3B, but its weights are holes:
+98 GB to a reader, next to nothing on disk. Tokens are random ids. Every pass runs: integrity, the
+four forms, and the loss. Zeros all score alike, so every token chooses the same experts: memory is
+that of real weights, since all experts of a layer are loaded, but time is that of fewer products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from kimi_convert.bench.convert_memory import wait_for_peak, write_sparse_checkpoint
+from kimi_convert.config.huggingface import parse_config
+from kimi_convert.errors import KimiConvertError, VerificationError
+
+_LAYERS = 27
+# config.json of https://huggingface.co/moonshotai/Kimi-Linear-48B-A3B-Instruct, in part.
+KIMI_LINEAR: Mapping[str, object] = MappingProxyType(
+    {
+        "architectures": ["KimiLinearForCausalLM"],
+        "bos_token_id": 163584,
+        "dtype": "bfloat16",
+        "eos_token_id": 163586,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2304,
+        "initializer_range": 0.02,
+        "intermediate_size": 9216,
+        "kv_lora_rank": 512,
+        "mla_use_nope": True,
+        "model_max_length": 1048576,
+        "model_type": "kimi_linear",
+        "moe_intermediate_size": 1024,
+        "moe_layer_freq": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_attention_heads": 32,
+        "num_expert_group": 1,
+        "num_experts": 256,
+        "num_experts_per_token": 8,
+        "num_key_value_heads": 32,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "pad_token_id": 163839,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "routed_scaling_factor": 2.446,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "use_grouped_topk": True,
+        "v_head_dim": 128,
+        "vocab_size": 163840,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateMemory:
+    """What one validation took."""
+
+    checkpoint_bytes: int
+    tokens: int
+    peak_bytes: int  # resident, the whole process
+    seconds: float
+    estimate: str  # what was said first
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields."""
+        return asdict(self)
+
+
+def kimi_linear_config(num_layers: int) -> dict[str, object]:
+    """Return the config with three KDA layers to one MLA layer, the last one MLA."""
+    mla = [i for i in range(1, num_layers + 1) if i % 4 == 0 or i == num_layers]
+    lists = {
+        "full_attn_layers": mla,
+        "kda_layers": [i for i in range(1, num_layers + 1) if i not in mla],
+        "head_dim": 128,
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    }
+    return {**KIMI_LINEAR, "num_hidden_layers": num_layers, "linear_attn_config": lists}
+
+
+def measure_validation(
+    folder: Path, document: Mapping[str, object], *, tokens: int
+) -> ValidateMemory:
+    """Validate a sparse checkpoint in a new process and measure it.
+
+    Args:
+        folder: empty; holds the checkpoint afterwards.
+        document: its config.json.
+        tokens: of the text, in two sequences.
+
+    Raises:
+        ConfigError: the config is not valid.
+        VerificationError: the validation failed; what it said is in the message.
+    """
+    checkpoint, text = folder / "checkpoint", folder / "text.jsonl"
+    write_sparse_checkpoint(checkpoint, document)
+    vocab_size = parse_config(document).vocab_size
+    ids = [random.Random(0).randrange(vocab_size) for _ in range(tokens + 1)]  # noqa: S311
+    text.write_text(json.dumps({"token_ids": ids}), encoding="utf-8")
+    sizes = ("--sequence-length", str(tokens // 2), "--max-tokens", str(tokens))
+    command = (sys.executable, "-m", "kimi_convert", "validate", str(checkpoint))
+    errors = folder / "errors.txt"
+    started = time.perf_counter()
+    with errors.open("wb") as said:
+        process = subprocess.Popen(  # noqa: S603  (our own program)
+            [*command, "--text", str(text), "--dtype", "bfloat16", *sizes],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        peak_bytes = wait_for_peak(process)
+    lines = errors.read_text(encoding="utf-8").splitlines()
+    if process.returncode:
+        raise VerificationError(
+            "the validation that was to be measured failed",
+            where=folder,
+            expected="exit code 0",
+            found=f"{process.returncode}: {lines[-1:]}",
+        )
+    return ValidateMemory(
+        checkpoint_bytes=sum(path.stat().st_size for path in checkpoint.iterdir()),
+        tokens=tokens,
+        peak_bytes=peak_bytes,
+        seconds=time.perf_counter() - started,
+        estimate=next((line for line in lines if line.startswith("Estimate")), ""),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the measurement; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kimi_convert.bench.validate_memory",
+        description="Measure memory and time of `validate` on a checkpoint of 48B parameters.",
+    )
+    parser.add_argument("--folder", type=Path, help="for the holes; default: temporary")
+    parser.add_argument("--layers", type=int, default=_LAYERS)
+    parser.add_argument("--tokens", type=int, default=128)
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory(prefix="validate-memory-", dir=options.folder) as folder:
+            document = kimi_linear_config(options.layers)
+            measured = measure_validation(Path(folder), document, tokens=options.tokens)
+    except KimiConvertError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.write(json.dumps(measured.to_json(), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
