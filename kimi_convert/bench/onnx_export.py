@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from kimi_convert.bench.convert_memory import write_sparse_checkpoint
+from kimi_convert.bench.released_shapes import write_shaped_checkpoint
 from kimi_convert.errors import KimiConvertError, VerificationError
 
 # config.json of https://huggingface.co/moonshotai/Kimi-Linear-48B-A3B-Instruct, without its code
@@ -109,7 +109,7 @@ def measure_export(folder: Path, *, layers: int, weights: str) -> ExportCost:
         VerificationError: the export failed; what it said is on stderr.
     """
     checkpoint, output = folder / "checkpoint", folder / "onnx"
-    write_sparse_checkpoint(checkpoint, document_of(layers))
+    write_shaped_checkpoint(checkpoint, document_of(layers))
     how = (
         ("--weights", "inplace") if weights == "inplace" else (str(output), "--precision", "bf16")
     )

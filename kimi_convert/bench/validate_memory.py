@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from kimi_convert.bench.convert_memory import wait_for_peak, write_sparse_checkpoint
+from kimi_convert.bench.process_cost import wait_for_peak
+from kimi_convert.bench.released_shapes import write_shaped_checkpoint
 from kimi_convert.config.huggingface import parse_config
 from kimi_convert.errors import KimiConvertError, VerificationError
 
@@ -114,7 +115,7 @@ def measure_validation(
         VerificationError: the validation failed; what it said is in the message.
     """
     checkpoint, text = folder / "checkpoint", folder / "text.jsonl"
-    write_sparse_checkpoint(checkpoint, document)
+    write_shaped_checkpoint(checkpoint, document)
     vocab_size = parse_config(document).vocab_size
     ids = [random.Random(0).randrange(vocab_size) for _ in range(tokens + 1)]  # noqa: S311
     text.write_text(json.dumps({"token_ids": ids}), encoding="utf-8")

@@ -120,12 +120,21 @@ def expand(names: Iterable[Name], layout: Layout) -> tuple[Entry, ...]:
     return entries
 
 
+def count_kinds(
+    names: Iterable[Name], layout: Layout
+) -> Iterator[tuple[Name, tuple[int, ...], int]]:
+    """Give each row of a table with its shape and how many tensors it stands for."""
+    for row in names:
+        count = sum(1 for _ in places(row.param, row.where, layout))
+        yield row, tuple(layout.axes[axis] for axis in row.shape), count
+
+
 def expand_drops(drops: Iterable[Drop], layout: Layout) -> dict[str, str]:
     """Return the reason for every name that may be dropped."""
     return {
         drop.checkpoint.format(layer=layer_idx, expert=expert_idx): drop.why
         for drop in drops
-        for layer_idx, expert_idx in _places(drop.checkpoint, drop.where, layout)
+        for layer_idx, expert_idx in places(drop.checkpoint, drop.where, layout)
     }
 
 
@@ -176,7 +185,7 @@ def match(
 
 def _expand_row(row: Name, layout: Layout) -> Iterator[Entry]:
     shape = tuple(layout.axes[axis] for axis in row.shape)
-    for layer_idx, expert_idx in _places(row.param, row.where, layout):
+    for layer_idx, expert_idx in places(row.param, row.where, layout):
         yield Entry(
             param=row.param.format(layer=layer_idx, expert=expert_idx),
             template=row.param,
@@ -204,7 +213,7 @@ def holes(template: str) -> frozenset[str]:
     return frozenset(hole for _, hole, _, _ in Formatter().parse(template) if hole)
 
 
-def _places(template: str, where: str, layout: Layout) -> Iterator[tuple[int | None, int | None]]:
+def places(template: str, where: str, layout: Layout) -> Iterator[tuple[int | None, int | None]]:
     """Give every layer of a set with every expert; None for what the template does not ask."""
     asked = holes(template)
     layers = layout.layers[where]

@@ -6,6 +6,7 @@ a stored shape that contradicts its values. Imports torch where something is dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -21,6 +22,7 @@ from kimi_convert.checkpoints.reader import (
 )
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight
+from kimi_convert.config.quantization import FP8_TILE
 from kimi_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class WeightReader:
 
         values = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype))
         first = 0
-        for rows in self._decoded(weight):
+        for rows in self.rows(weight):
             values[first : first + len(rows)] = rows
             first += len(rows)
         return values
@@ -78,20 +80,41 @@ class WeightReader:
             return
         from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 
-        for rows in self._decoded(weight):
+        for rows in self.rows(weight):
             yield tensor_bytes(rows)
 
-    def extents(self, weight: Weight) -> Iterator[Extent]:
-        """Give the places of a plain weight's bytes; see `CheckpointReader.extents`."""
-        assert weight.quantization is None
-        return self._reader.extents(weight.stored[0].name)
+    def extents(self, stored: TensorSpec) -> Iterator[Extent]:
+        """Give the places of a stored tensor's bytes; see `CheckpointReader.extents`."""
+        return self._reader.extents(stored.name)
+
+    def rows(self, weight: Weight, *, multiple: int = 1) -> Iterator[torch.Tensor]:
+        """Give a matrix's plain rows in order, each part valid until the next is asked for.
+
+        Args:
+            weight: a matrix.
+            multiple: of which every part but the last has a number of rows.
+
+        Raises:
+            CheckpointError: a file has changed, or parts of the weight are not valid.
+        """
+        import torch
+
+        if weight.quantization is not None:
+            yield from self._decoded(weight, multiple)
+            return
+        stored = weight.stored[0]
+        dtype = torch_dtype(stored.dtype)
+        row_bytes = max(1, stored.nbytes // max(weight.shape[0], 1))
+        at_once = multiple * max(1, DEFAULT_CHUNK_BYTES // (multiple * row_bytes))
+        for chunk in self._reader.chunks(stored.name, chunk_bytes=at_once * row_bytes):
+            yield torch.frombuffer(chunk, dtype=dtype).view(-1, weight.shape[1])
 
     def release(self) -> None:
         """Close every file. Its pages leave memory once no tensor of it is held any more."""
         self._reader.release()
 
-    def _decoded(self, weight: Weight) -> Iterator[torch.Tensor]:
-        """Give whole tiles of decoded rows, each valid until the next is asked for."""
+    def _decoded(self, weight: Weight, multiple: int) -> Iterator[torch.Tensor]:
+        """Give whole tiles of decoded rows."""
         import torch
 
         from kimi_convert.checkpoints.decoding import decode
@@ -102,7 +125,8 @@ class WeightReader:
         scales = self._scales(weight)
         self._check_shape(weight)
         row_bytes = values.nbytes // max(weight.shape[0], 1)
-        rows = tile.tile_rows * max(1, tile_chunk_bytes(weight) // (tile.tile_rows * row_bytes))
+        whole = math.lcm(tile.tile_rows, multiple)
+        rows = whole * max(1, tile_chunk_bytes(weight) // (whole * row_bytes))
         stored, wanted = torch_dtype(values.dtype), torch_dtype(weight.dtype)
         first = 0
         for chunk in self._reader.chunks(values.name, chunk_bytes=rows * row_bytes):
@@ -173,3 +197,16 @@ def decoding_bytes(weight: Weight) -> int:
     values = min(at_once, rows) * weight.shape[1]
     scales = 2 * _FP32_BYTES * weight.stored[1].nbytes
     return min(at_once, rows) * row_bytes + values * 3 * _FP32_BYTES + scales
+
+
+def quantizing_bytes(weight: Weight) -> int:
+    """Return the bytes in memory while a weight becomes FP8 blocks, at most.
+
+    Rows as they are read, and two fp32 copies and the result of them.
+    """
+    row_bytes = max(1, weight.shape[1]) * _FP32_BYTES
+    rows = min(
+        FP8_TILE * max(1, DEFAULT_CHUNK_BYTES // (FP8_TILE * 2)), weight.shape[0] + FP8_TILE
+    )
+    at_once = min(rows, FP8_TILE * max(1, DEFAULT_CHUNK_BYTES // (FP8_TILE * row_bytes // 2)))
+    return decoding_bytes(weight) + 4 * max(at_once, FP8_TILE) * row_bytes

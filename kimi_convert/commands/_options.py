@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kimi_convert.config.output_format import MtpLayers, TargetDtype
+
 
 class Dtype(StrEnum):
     """The dtypes that weights are written in and models run in; the names are torch's."""
@@ -99,6 +101,17 @@ EngineOpt = Annotated[
 ResumeOpt = Annotated[
     bool,
     typer.Option("--resume", help="Go on from the files that an interrupted run has finished."),
+]
+DtypeOpt = Annotated[
+    TargetDtype,
+    typer.Option(
+        "--dtype",
+        help="What feed-forward weights are stored in: as the source says, or FP8 blocks.",
+    ),
+]
+MtpOpt = Annotated[
+    MtpLayers,
+    typer.Option("--mtp", help="Whether multi-token-prediction layers are carried over."),
 ]
 JobsOpt = Annotated[
     int,

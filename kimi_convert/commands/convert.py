@@ -17,11 +17,13 @@ from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
     CalibrationOpt,
     DeviceOpt,
+    DtypeOpt,
     EngineName,
     EngineOpt,
     JobsOpt,
     JsonOpt,
     MaxShardSizeOpt,
+    MtpOpt,
     OutputArg,
     QuietOpt,
     RecipeOpt,
@@ -33,6 +35,7 @@ from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report
 from kimi_convert.commands._source import open_streamed, open_whole
 from kimi_convert.commands.plan import plan_report, plan_source, runtimes_table
+from kimi_convert.config.output_format import MtpLayers, OutputFormat, TargetDtype
 from kimi_convert.errors import HubError, ResourceError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -101,6 +104,8 @@ def convert(
     form: FormatOpt = None,
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
+    dtype: DtypeOpt = TargetDtype.SOURCE,
+    mtp: MtpOpt = MtpLayers.DROP,
     jobs: JobsOpt = 1,
     engine: EngineOpt = EngineName.LOCAL,
     resume: ResumeOpt = False,
@@ -122,8 +127,9 @@ def convert(
     chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
     chosen = _in_format(chosen, form)
     limit = parse_byte_size(max_shard_size)
+    output_format = OutputFormat(dtype=dtype, mtp=mtp)
     if dry_run:
-        plan = plan_source(source, chosen, limit=limit)
+        plan = plan_source(source, chosen, limit=limit, output_format=output_format)
         output.show(plan, lambda: plan_report(plan))
         return
     runner = _runner(jobs, engine)
@@ -142,6 +148,7 @@ def convert(
             text=calibration,
             device=device,
             max_shard_bytes=limit,
+            output_format=output_format,
             resume=resume,
             runner=opened.runner,
             on_progress=on_progress,

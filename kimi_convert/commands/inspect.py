@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from kimi_convert.commands._numbers import bytes_text, count_text, layers_text
+from kimi_convert.commands._numbers import bytes_text, count_text, layers_text, seconds_text
 from kimi_convert.commands._options import JsonOpt, NamedCheckpointArg, QuietOpt, VerboseOpt
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
 
 if TYPE_CHECKING:
     from kimi_convert.config.architecture import MlaConfig, ModelConfig
+    from kimi_convert.config.descendants import Descendant
+    from kimi_convert.hub.sources import Source
     from kimi_convert.model.summary import CheckpointSummary
 
 EXAMPLE = "kimi-convert inspect ./Moonlight-16B-A3B"
@@ -34,21 +36,74 @@ def inspect(
 
     Only config.json, the index and the headers of the files are read, on the Hub too.
     """
+    from kimi_convert.hub.sources import open_headers
+
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    summary = _summary(checkpoint)
-    output.show(summary, lambda: checkpoint_report(summary))
+    with open_headers(checkpoint) as source:
+        descendant = _descendant(source.folder)
+        if descendant is not None:
+            output.show(descendant, lambda: descendant_report(descendant, source.name))
+            return
+        summary = _summary(source)
+    output.show(_Inspected(summary), lambda: checkpoint_report(summary))
     if summary.problems:
         raise typer.Exit(summary.problems[0].exit_code)
 
 
-def _summary(checkpoint: Path) -> CheckpointSummary:
-    from kimi_convert.hub.sources import open_headers
+def _summary(source: Source) -> CheckpointSummary:
     from kimi_convert.model.summary import summarize_checkpoint
 
-    with open_headers(checkpoint) as source:
-        summary = summarize_checkpoint(source.folder)
+    summary = summarize_checkpoint(source.folder)
     problems = tuple(source.named(problem) for problem in summary.problems)
     return replace(summary, folder=source.name, problems=problems)
+
+
+def _descendant(folder: Path) -> Descendant | None:
+    from kimi_convert.config.descendants import recognise_descendant
+    from kimi_convert.config.huggingface import CONFIG_FILE, read_json_object
+
+    path = folder / CONFIG_FILE
+    return recognise_descendant(read_json_object(path)) if path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Inspected:
+    """What `inspect --json` prints: the checkpoint, and what a conversion would give."""
+
+    checkpoint: CheckpointSummary
+
+    def to_json(self) -> dict[str, object]:
+        """Return the document."""
+        from kimi_convert.conversion.outlook import Outlook, conversion_outlook
+        from kimi_convert.model.cache_size import cache_size
+
+        outlook = conversion_outlook(self.checkpoint.config)
+        return {
+            **self.checkpoint.to_json(),
+            "cache": cache_size(self.checkpoint.config).to_json(),
+            "conversion": outlook.to_json() if isinstance(outlook, Outlook) else None,
+        }
+
+
+def descendant_report(found: Descendant, checkpoint: Path) -> Report:
+    """Return what `inspect` shows of a hybrid that came after Kimi-Linear."""
+    mla = tuple(n for n in range(found.num_layers) if n not in found.kda_layers)
+    facts = (
+        ("family", found.family),
+        ("architecture", found.model_type),
+        ("KDA layers", f"{len(found.kda_layers)}: {layers_text(found.kda_layers)}"),
+        ("full attention", f"{len(mla)}: {layers_text(mla)}"),
+        *((name, str(size)) for name, size in found.sizes.items()),
+    )
+    rows = tuple((feature,) for feature in found.features)
+    return (
+        Facts(f"Checkpoint {checkpoint}", facts),
+        Table("What it has and Kimi-Linear has not", ("feature",), rows),
+        Sentence(
+            "A descendant of Kimi-Linear: `convert` and `validate` do not support it yet.",
+            warns=True,
+        ),
+    )
 
 
 def checkpoint_report(summary: CheckpointSummary) -> Report:
@@ -57,6 +112,7 @@ def checkpoint_report(summary: CheckpointSummary) -> Report:
         Facts(f"Checkpoint {summary.folder}", _facts(summary)),
         _layers(summary),
         _parts(summary),
+        *_outlook(summary),
     ]
     if summary.shards:
         report += [_dtypes(summary), _shards(summary)]
@@ -148,6 +204,46 @@ def _parts(summary: CheckpointSummary) -> Table:
         rows,
         right=("parameters", "per token"),
     )
+
+
+def _outlook(summary: CheckpointSummary) -> Iterator[Section]:
+    """Show what is kept of a sequence, and what a conversion would make of it."""
+    from kimi_convert.conversion.outlook import Outlook, conversion_outlook
+    from kimi_convert.model.cache_size import CONTEXTS, cache_size
+
+    now, outlook = cache_size(summary.config), conversion_outlook(summary.config)
+    columns, rows = (
+        ("context", "as it is"),
+        [
+            ("each token", bytes_text(now.bytes_per_token)),
+            ("each sequence", bytes_text(now.bytes_per_sequence)),
+            *((f"{tokens // 1024}K tokens", bytes_text(now.at(tokens))) for tokens in CONTEXTS),
+        ],
+    )
+    if isinstance(outlook, Outlook):
+        then = outlook.cache
+        columns = (*columns, "converted")
+        amounts = (
+            bytes_text(then.bytes_per_token),
+            bytes_text(then.bytes_per_sequence),
+            *(f"{bytes_text(then.at(t))} ({_less(now.at(t), then.at(t))})" for t in CONTEXTS),
+        )
+        rows = [(*row, amount) for row, amount in zip(rows, amounts, strict=True)]
+    title = "Memory of one sequence: bf16 cache of MLA, fp32 state of KDA"
+    yield Table(title, columns, tuple(rows), right=columns[1:])
+    if isinstance(outlook, Outlook):
+        facts = (
+            ("layers", f"{outlook.kda_layers} KDA, {outlook.mla_layers} MLA"),
+            ("parameters", count_text(outlook.parameters)),
+            ("output", f"{bytes_text(outlook.output_bytes)} of {summary.config.dtype}"),
+            ("time to write", f"about {seconds_text(outlook.writing_seconds)} at 250 MB/s"),
+        )
+        yield Facts("Converted by the default recipe", facts)
+
+
+def _less(now: int, then: int) -> str:
+    change = 100 * (then - now) / now
+    return f"{change:+.0f}%"
 
 
 def _dtypes(summary: CheckpointSummary) -> Table:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from kimi_convert.commands._numbers import bytes_text, files_text, layers_text
 from kimi_convert.commands._options import (
     DEFAULT_MAX_SHARD_SIZE,
+    DtypeOpt,
     JsonOpt,
     MaxShardSizeOpt,
+    MtpOpt,
     QuietOpt,
     RecipeOpt,
     SourceArg,
@@ -18,6 +20,7 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Sentence, Table
+from kimi_convert.config.output_format import AS_SOURCE, MtpLayers, OutputFormat, TargetDtype
 
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
@@ -32,6 +35,8 @@ def plan(
     source: SourceArg,
     recipe: RecipeOpt = None,
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
+    dtype: DtypeOpt = TargetDtype.SOURCE,
+    mtp: MtpOpt = MtpLayers.DROP,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
@@ -44,17 +49,26 @@ def plan(
     from kimi_convert.config.recipe import load_recipe
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    made = plan_source(source, load_recipe(recipe), limit=parse_byte_size(max_shard_size))
+    made = plan_source(
+        source,
+        load_recipe(recipe),
+        limit=parse_byte_size(max_shard_size),
+        output_format=OutputFormat(dtype=dtype, mtp=mtp),
+    )
     output.show(made, lambda: plan_report(made))
 
 
-def plan_source(source: Path, recipe: Recipe, *, limit: int) -> ConversionPlan:
+def plan_source(
+    source: Path, recipe: Recipe, *, limit: int, output_format: OutputFormat = AS_SOURCE
+) -> ConversionPlan:
     """Return the plan for a folder, or for a repository of which headers alone are read."""
     from kimi_convert.conversion import plan_conversion
     from kimi_convert.hub.sources import open_headers
 
     with open_headers(source) as opened:
-        made = plan_conversion(opened.folder, recipe, max_shard_bytes=limit)
+        made = plan_conversion(
+            opened.folder, recipe, max_shard_bytes=limit, output_format=output_format
+        )
     return made.named(opened.name)
 
 

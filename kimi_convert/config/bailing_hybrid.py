@@ -36,6 +36,12 @@ def parse_bailing_hybrid(fields: Fields, model_type: str) -> ModelConfig:
         ConfigError: it is one of the older models of this type, which have no KDA, or leaves open
             which layers are KDA.
     """
+    if fields.optional_integer("short_conv_kernel_size", "linear_conv_kernel_dim") is None:
+        raise ConfigError(
+            f"this {BAILING_TYPE} model is not supported",
+            expected="one with KDA layers, whose config.json has short_conv_kernel_size",
+            hint="Models before Ling-3 have the same type and another linear attention.",
+        )
     fields.expect("kda_safe_gate", True, None)
     fields.expect("no_kda_lora", True, None)
     fields.expect("rope_interleave", True, None)

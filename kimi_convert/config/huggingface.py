@@ -21,6 +21,7 @@ from kimi_convert.config.bailing_hybrid import (
     parse_bailing_hybrid,
 )
 from kimi_convert.config.deepseek import SOURCE_TYPES, deepseek_to_json, parse_deepseek
+from kimi_convert.config.descendants import refuse_descendant
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.kimi_linear import TARGET_TYPE, kimi_linear_to_json, parse_kimi_linear
 from kimi_convert.config.limits import shown
@@ -76,6 +77,7 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
     Raises:
         ConfigError: see `read_config`.
     """
+    refuse_descendant(document, where=where)
     fields = Fields(_text_model(document, where), where=where)
     model_type = fields.text("model_type", default="")
     parse = _PARSERS.get(model_type)
@@ -85,7 +87,7 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
             where=where,
             expected=", ".join(sorted((*_PARSERS, *MULTIMODAL_TYPES))),
             found=shown(model_type),
-            hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2, Kimi-Linear and Ling-3.",
+            hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2, Kimi-Linear and its own bailing_hybrid.",
         )
     try:
         return parse(fields, model_type)

@@ -7,7 +7,7 @@ groups packed in int32 (Kimi-K2-Thinking, K2.5) and MXFP4 (Kimi-K3). Names, shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -17,6 +17,8 @@ from kimi_convert.config.limits import shown
 from kimi_convert.errors import ConfigError
 
 FIELD = "quantization_config"
+FP8_TILE = 128  # of every released checkpoint, and of what is written here
+FP8_SCALE_SUFFIX = "_scale_inv"  # after the name of the values
 _MAX_TILE = 4096
 _MXFP4_GROUP = 32
 _HINT = "fp8 blocks, int4 pack-quantized and mxfp4-pack-quantized are read; convert a bf16 copy."
@@ -66,14 +68,22 @@ def read_quantization(
         raise
 
 
-def fp8_quantization(tile: int) -> dict[str, object]:
-    """Return the `quantization_config` of FP8 blocks, as DeepSeek-V3 and Kimi-K2 write it."""
-    return {
+def fp8_quantization(plain_modules: Sequence[str] = ()) -> dict[str, object]:
+    """Return the `quantization_config` of FP8 blocks, as DeepSeek-V3 and Kimi-K2 write it.
+
+    Args:
+        plain_modules: names of modules whose matrices are not quantised, as transformers lists
+            them.
+    """
+    document: dict[str, object] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
-        "weight_block_size": [tile, tile],
+        "weight_block_size": [FP8_TILE, FP8_TILE],
     }
+    return (
+        {**document, "modules_to_not_convert": list(plain_modules)} if plain_modules else document
+    )
 
 
 def _fp8(fields: Fields) -> Quantization:

@@ -19,6 +19,7 @@ from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
 from kimi_convert.checkpoints.writer import WrittenFile
 from kimi_convert.config.huggingface import config_to_json
+from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration.report import CalibrationReport
@@ -68,6 +69,7 @@ def convert_checkpoint(
     recipe: Recipe | None = None,
     fit: Fit | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    output_format: OutputFormat = AS_SOURCE,
     resume: bool = False,
     runner: Runner = one_by_one,
     on_progress: ProgressCallback = ignore_progress,
@@ -80,6 +82,7 @@ def convert_checkpoint(
         recipe: None for a conversion without text. One with a calibration comes with its fit.
         fit: what the calibration of that recipe gave.
         max_shard_bytes: of each file of weights, its header included.
+        output_format: how the result is stored, where not as the source.
         resume: go on from the files that an interrupted run has finished, if there are any.
         runner: what runs the jobs.
         on_progress: told of every tensor, in bytes written.
@@ -96,7 +99,9 @@ def convert_checkpoint(
     source, output = Path(source), Path(output)
     recipe = recipe or Recipe()
     assert (recipe.calibration is not None) == (fit is not None)
-    plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
+    plan = plan_conversion(
+        source, recipe, max_shard_bytes=max_shard_bytes, output_format=output_format
+    )
     carried = carried_files(source)
     require_memory(plan, workers=runner.workers)
     with open_output(output, source=source, resume=resume) as target:
@@ -163,5 +168,6 @@ def run_digest(plan: ConversionPlan, fit: Fit | None) -> str:
         "recipe": plan.recipe.to_json(),
         "fit": None if fit is None else fit.report.to_json(),
         "target": [(shard.file_name, shard.file_bytes) for shard in plan.shards.shards],
+        "target_config": config_to_json(plan.target_config),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -15,6 +15,7 @@ import torch
 
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.output import open_output
+from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe, default_recipe
 from kimi_convert.conversion import engine
@@ -39,6 +40,7 @@ def convert_checkpoint(
     text: str | Path | None = None,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    output_format: OutputFormat = AS_SOURCE,
     resume: bool = False,
     runner: Runner = one_by_one,
     on_progress: ProgressCallback = ignore_progress,
@@ -52,6 +54,7 @@ def convert_checkpoint(
         text: `.jsonl` or `.txt` to calibrate on; None for the text that comes with the package.
         device: where the calibration runs models.
         max_shard_bytes: of each file of weights, its header included.
+        output_format: how the result is stored, where not as the source.
         resume: go on from the files that an interrupted run has finished, if there are any.
         runner: what writes the files of weights.
         on_progress: told of every stage.
@@ -74,13 +77,16 @@ def convert_checkpoint(
             output,
             recipe=recipe,
             max_shard_bytes=max_shard_bytes,
+            output_format=output_format,
             resume=resume,
             runner=runner,
             on_progress=on_progress,
         )
     text = bundled_text() if text is None else Path(text)
     # Whatever would refuse the source or the writing must refuse it before minutes of fitting.
-    plan = plan_conversion(source, recipe, max_shard_bytes=max_shard_bytes)
+    plan = plan_conversion(
+        source, recipe, max_shard_bytes=max_shard_bytes, output_format=output_format
+    )
     require_memory(plan, workers=runner.workers)
     check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
     check_text(text, source)
@@ -96,6 +102,7 @@ def convert_checkpoint(
         recipe=fit.recipe,
         fit=fit,
         max_shard_bytes=max_shard_bytes,
+        output_format=output_format,
         resume=resume,
         runner=runner,
         on_progress=on_progress,

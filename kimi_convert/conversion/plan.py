@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_convert.checkpoints.dtypes import DTYPES
-from kimi_convert.checkpoints.index import CheckpointIndex, open_index
+from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
 from kimi_convert.checkpoints.mapping import Dropped, Entry, Storage
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
-from kimi_convert.checkpoints.weight_reader import decoding_bytes
+from kimi_convert.checkpoints.weight_reader import decoding_bytes, quantizing_bytes
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.output_format import AS_SOURCE, OutputFormat, TargetDtype
+from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, Encoding, Quantization
 from kimi_convert.config.recipe import Recipe, default_recipe
 from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.rules import LING_RULES, RULES, Op, Rule, is_solved, is_trained
@@ -30,6 +32,7 @@ from kimi_convert.model.names.layout import (
     expected_entries,
     layout_of,
     match_checkpoint,
+    mtp_tensors,
 )
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
@@ -45,6 +48,7 @@ class TensorTask:
     op: Op
     sources: tuple[str, ...]  # names of weights of the source
     layer_idx: int | None
+    part: int = 0  # of a tensor stored in several: 0 the values, 1 their scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,8 @@ class ConversionPlan:
 
     def stored_sources(self, task: TensorTask) -> list[str]:
         """Return the names in the source's files of what a tensor is made from."""
+        if task.op is Op.COPY:
+            return [self.weights[task.sources[0]].stored[task.part].name]
         return [stored for name in task.sources for stored in self.weights[name].stored_names]
 
     @property
@@ -140,6 +146,7 @@ def plan_conversion(
     recipe: Recipe | None = None,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    output_format: OutputFormat = AS_SOURCE,
 ) -> ConversionPlan:
     """Plan the conversion of a checkpoint folder; only its config and headers are read.
 
@@ -147,6 +154,7 @@ def plan_conversion(
         source: config.json and safetensors of a full-attention MLA model.
         recipe: None for the default, which is fitted to text.
         max_shard_bytes: of each file of weights, its header included.
+        output_format: how the result is stored, where not as the source.
 
     Raises:
         ConfigError: the config is not valid or not of a model that can become a hybrid.
@@ -154,14 +162,29 @@ def plan_conversion(
         MappingError: the rules do not fit the model, which is a fault of kimi-convert.
         RecipeError: the recipe does not fit the model.
     """
-    source, recipe = Path(source), recipe or default_recipe()
+    with collector_paused():
+        return _plan(Path(source), recipe or default_recipe(), max_shard_bytes, output_format)
+
+
+def _plan(
+    source: Path, recipe: Recipe, max_shard_bytes: int, output_format: OutputFormat
+) -> ConversionPlan:
     source_config = read_config(source)
     # Layers that a calibration will choose are planned where the released pattern has them.
-    target = target_config(source_config, replace(recipe, choose_layers=False))
+    target = target_config(source_config, replace(recipe, choose_layers=False), output_format)
     index = open_index(source)
     matched = match_checkpoint(source_config, index.tensors.values(), where=source)
-    tasks = tuple(_tasks(source_config, target, matched, recipe))
+    made = (
+        *_tasks(source_config, target, matched, recipe),
+        *_mtp_tasks(source_config, target, matched),
+    )
+    weights = {
+        weight.name: weight for weight in (*matched.weights.values(), *matched.unread.values())
+    }
+    tasks = tuple(as_stored(made, weights, output_format.dtype))
     _check_all_read(matched, tasks)
+    used = {name for task in tasks for name in task.sources}
+    kept = {stored for name in used for stored in weights[name].stored_names}
     return ConversionPlan(
         index=index,
         source_config=source_config,
@@ -170,9 +193,11 @@ def plan_conversion(
         tasks=tasks,
         shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
         weights={
-            weight.name: weight for weight in sorted(matched.weights.values(), key=_by_place)
+            weight.name: weight
+            for weight in sorted(weights.values(), key=_by_place)
+            if weight.name in used
         },
-        dropped=matched.dropped,
+        dropped=tuple(one for one in matched.dropped if one.name not in kept),
         runtimes=runtime_support(target),
     )
 
@@ -190,16 +215,63 @@ def _tasks(
     for entry in expected_entries(target):
         rule = rules.rule_for(entry)
         sources = tuple(weights[param] for param in rules.sources_of(rule, entry))
-        op = Op.FITTED if _is_fitted(rule, recipe) else rule.op
-        if op is Op.COPY and sources[0].quantization is not None:
-            op = Op.DEQUANTIZE
         yield TensorTask(
             tensor=PlannedTensor(entry.name, _dtype(entry, rule, sources, matched), entry.shape),
             param=entry.param,
-            op=op,
+            op=Op.FITTED if _is_fitted(rule, recipe) else rule.op,
             sources=tuple(weight.name for weight in sources),
             layer_idx=entry.layer_idx,
         )
+
+
+def _mtp_tasks(
+    source: ModelConfig, target: ModelConfig, matched: MatchedCheckpoint
+) -> Iterator[TensorTask]:
+    """Give what is carried over of MTP layers, where the target keeps them."""
+    if not target.num_mtp_layers:
+        return
+    tensors = mtp_tensors(source, target)
+    for weight in matched.unread.values():
+        if weight.name in tensors:
+            param, name = tensors[weight.name]
+            tensor = PlannedTensor(name, weight.dtype, weight.shape)
+            yield TensorTask(
+                tensor=tensor, param=param, op=Op.COPY, sources=(weight.name,), layer_idx=None
+            )
+
+
+def as_stored(
+    tasks: Iterable[TensorTask], weights: Mapping[str, Weight], dtype: TargetDtype
+) -> Iterator[TensorTask]:
+    """Say of every tensor that is carried over how it gets from its format to the target's."""
+    for task in tasks:
+        weight = weights[task.sources[0]] if task.op is Op.COPY else None
+        if weight is None:
+            yield task
+        elif dtype is TargetDtype.FP8 and _is_feed_forward_matrix(task):
+            yield from _fp8_tasks(task, weight)
+        else:
+            plain = weight.quantization is None
+            yield task if plain else replace(task, op=Op.DEQUANTIZE)
+
+
+def _is_feed_forward_matrix(task: TensorTask) -> bool:
+    """Tell what is worth quantising: nearly all of a large model, and no router and no norm."""
+    return task.param.rpartition(".")[0].endswith((".gate", ".up", ".down"))
+
+
+def _fp8_tasks(task: TensorTask, weight: Weight) -> Iterator[TensorTask]:
+    """Give the values and their scales: as they are stored, or made."""
+    tile = FP8_TILE
+    same = Quantization(Encoding.FP8_BLOCK, tile, tile)
+    copied = weight.quantization == same and weight.stored[1].dtype == "F32"
+    op = Op.COPY if copied else Op.QUANTIZE
+    rows, columns = task.tensor.shape
+    scales = (-(-rows // tile), -(-columns // tile))
+    name = task.tensor.name
+    yield replace(task, tensor=PlannedTensor(name, "F8_E4M3", (rows, columns)), op=op)
+    tensor = PlannedTensor(name + FP8_SCALE_SUFFIX, "F32", scales)
+    yield replace(task, tensor=tensor, op=op, part=1)
 
 
 def _rules_of(form: TargetFormat) -> tuple[Rule, ...]:
@@ -267,23 +339,34 @@ def _check_all_read(matched: MatchedCheckpoint, tasks: tuple[TensorTask, ...]) -
 
 
 def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
-    """Return the bytes of one task's tensors: mapped sources, fp32 copies, products, result."""
+    """Return the bytes of one task's tensors, at the worst of its moments.
+
+    Sources are read and widened one after the other; then a transform makes its result; then the
+    sources are let go, and the result is narrowed.
+    """
     sources = [weights[name] for name in task.sources]
-    decoding = max((decoding_bytes(weight) for weight in sources), default=0)
     if task.op in (Op.COPY, Op.DEQUANTIZE):
-        return decoding
-    sizes = [math.prod(weight.shape) for weight in sources]
-    # Plain sources are mapped, decoded ones are whole in memory.
-    stored = sum(
-        size * DTYPES[weight.dtype].width_bytes
-        for size, weight in zip(sizes, sources, strict=True)
-    )
-    if all(weight.quantization is None for weight in sources):
-        decoding = 0
+        return decoding_bytes(sources[0])
+    if task.op is Op.QUANTIZE:
+        return quantizing_bytes(sources[0])
     made = math.prod(task.tensor.shape)
-    # The power of a folded matrix holds its scaled factors and two products of their size.
-    steps = 4 * max(sizes, default=0) + 2 * made
-    wide = (sum(sizes) + steps) * _FP32_BYTES
-    # The search for NaN and Inf takes a copy of the result and two masks.
-    result = made * (2 * DTYPES[task.tensor.dtype].width_bytes + 2)
-    return stored + wide + result + decoding
+    narrowing = made * (_FP32_BYTES + DTYPES[task.tensor.dtype].width_bytes)
+    if task.op is Op.FITTED:
+        return narrowing
+    sizes = [math.prod(weight.shape) for weight in sources]
+    wide = sum(sizes) * _FP32_BYTES
+    # Plain sources are mapped and stay; a quantised one is whole, decoded, until it is widened.
+    mapped = sum(weight.stored_bytes for weight in sources if weight.quantization is None)
+    reading = max((_decoded_bytes(weight) for weight in sources), default=0)
+    # The power of a folded matrix holds its rows, scaled, and two products of their size; where an
+    # output is scaled, the matrix itself is not folded. Random numbers are drawn, then scaled.
+    folded = sizes[1:] if task.op is Op.SCALE_OUTPUT else sizes
+    making = (4 * max(folded, default=made // 4) + made) * _FP32_BYTES
+    return max(mapped + wide + max(reading, making), mapped + narrowing)
+
+
+def _decoded_bytes(weight: Weight) -> int:
+    """Return what a weight takes while it is decoded as a whole; nothing if it is plain."""
+    if weight.quantization is None:
+        return 0
+    return decoding_bytes(weight) + math.prod(weight.shape) * DTYPES[weight.dtype].width_bytes

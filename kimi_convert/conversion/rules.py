@@ -11,9 +11,10 @@ from enum import StrEnum
 
 
 class Op(StrEnum):
-    """The operations; every one but COPY, DEQUANTIZE and FITTED is a function in `transforms`."""
+    """The operations; every one but COPY, QUANTIZE, DEQUANTIZE and FITTED is a function in `transforms`."""
 
     COPY = "copy"  # the stored bytes, unchanged
+    QUANTIZE = "quantize"  # the values, or their scales, of FP8 blocks
     DEQUANTIZE = "dequantize"  # the stored values times their scales, rounded once
     KEEP_QUERY = "keep_query"  # rows of a kept layer's q
     DOUBLE = "double"  # twice the values: exact, and undone by a gate of one half

@@ -8,7 +8,7 @@ torch has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,18 @@ from typing import Protocol
 import torch
 
 from kimi_convert.checkpoints.dtypes import torch_dtype
+from kimi_convert.checkpoints.encoding import encode_fp8
 from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
 from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.reader import ShardProvider
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedShard
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.quantization import FP8_TILE
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration.report import CalibrationReport
 from kimi_convert.conversion.memory import memory_bytes
@@ -157,8 +160,10 @@ class _Worker:
         for task in self.job.tasks:
             self.on_tensor(task.tensor.name, done)
             if task.op is Op.COPY:
-                weight = self.job.weights[task.sources[0]]
-                copied[weight.stored[0].name] = self._copy(task, weight)
+                stored = self.job.weights[task.sources[0]].stored[task.part]
+                copied[stored.name] = self._copy(task, stored)
+            elif task.op is Op.QUANTIZE:
+                self.writer.write(task.tensor.name, self._quantized(task))
             elif task.op is Op.DEQUANTIZE:
                 weight = self.job.weights[task.sources[0]]
                 chunks = finite_chunks(self.reader, weight, self.job.index.folder)
@@ -168,20 +173,28 @@ class _Worker:
             done += task.tensor.nbytes
         return copied
 
-    def _copy(self, task: TensorTask, weight: Weight) -> str:
+    def _quantized(self, task: TensorTask) -> Iterator[memoryview]:
+        """Give the values or the scales of a weight in FP8 blocks."""
+        weight = self.job.weights[task.sources[0]]
+        for rows in self.reader.rows(weight, multiple=FP8_TILE):
+            if not _is_finite(rows):
+                raise not_finite_error(weight.name, self.job.index.folder)
+            yield tensor_bytes(encode_fp8(rows)[task.part])
+
+    def _copy(self, task: TensorTask, stored: TensorSpec) -> str:
         """Let the file system copy a tensor, and search what arrived for NaN and Inf."""
 
         def look(chunk: memoryview) -> None:
-            if weight.dtype in FLOATS and find_non_finite(chunk, weight.dtype) is not None:
-                raise not_finite_error(weight.name, self.job.index.folder)
+            if stored.dtype in FLOATS and find_non_finite(chunk, stored.dtype) is not None:
+                raise not_finite_error(stored.name, self.job.index.folder)
 
-        return self.writer.copy(task.tensor.name, self.reader.extents(weight), look=look)
+        return self.writer.copy(task.tensor.name, self.reader.extents(stored), look=look)
 
     def _made(self, task: TensorTask) -> memoryview:
         """Return the bytes of a tensor that is computed; its sources are freed before."""
         made = self._fitted(task) if task.op is Op.FITTED else self._transformed(task)
         stored = made.to(torch_dtype(task.tensor.dtype))
-        if not bool(stored.isfinite().all()):
+        if not _is_finite(stored):
             raise CheckpointError(
                 f"tensor {task.tensor.name!r} cannot be stored as {task.tensor.dtype}",
                 where=self.job.index.folder,
@@ -213,9 +226,15 @@ class _Worker:
 
     def _wide(self, name: str) -> torch.Tensor:
         tensor = self.reader.tensor(self.job.weights[name]).float()
-        if not bool(tensor.isfinite().all()):
+        if not _is_finite(tensor):
             raise not_finite_error(name, self.job.index.folder)
         return tensor
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Tell whether all are, without a copy: NaN spreads to both ends."""
+    low, high = values.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 @contextmanager

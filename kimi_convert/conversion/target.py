@@ -14,12 +14,16 @@ from kimi_convert.config.architecture import (
 )
 from kimi_convert.config.bailing_hybrid import LOWER_BOUND
 from kimi_convert.config.deepseek import SOURCE_TYPES
+from kimi_convert.config.output_format import AS_SOURCE, MtpLayers, OutputFormat, TargetDtype
+from kimi_convert.config.quantization import fp8_quantization
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.errors import ConfigError, RecipeError
 
 
-def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
+def target_config(
+    source: ModelConfig, recipe: Recipe, output_format: OutputFormat = AS_SOURCE
+) -> ModelConfig:
     """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
 
     Raises:
@@ -29,6 +33,7 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
     """
     _check_convertible(source)
     _check_format(source, recipe.output_format)
+    _check_storage(recipe.output_format, output_format)
     mla = source.mla
     kept = set(recipe.kept_layers(source.num_layers))
     kda_layers = tuple(i for i in range(source.num_layers) if i not in kept)
@@ -39,7 +44,10 @@ def target_config(source: ModelConfig, recipe: Recipe) -> ModelConfig:
             found=f"{source.num_layers} layers, all kept",
             hint="List fewer layers under `layers.keep`.",
         )
+    kept_mtp = output_format.mtp is MtpLayers.KEEP
     return ModelConfig(
+        num_mtp_layers=source.num_mtp_layers if kept_mtp else 0,
+        quantization=_quantization(source, output_format),
         model_type=recipe.output_format,
         hidden_size=source.hidden_size,
         num_layers=source.num_layers,
@@ -77,6 +85,17 @@ def _target_kda(mla: MlaConfig, recipe: Recipe) -> KdaConfig:
         full_rank_gates=ling,
         lower_bound=LOWER_BOUND if ling else None,
     )
+
+
+def _quantization(source: ModelConfig, output_format: OutputFormat) -> dict[str, object] | None:
+    if output_format.dtype is not TargetDtype.FP8:
+        return None
+    layers = range(source.num_layers)
+    mixers = (f"model.layers.{layer_idx}.self_attn" for layer_idx in layers)
+    routers = (
+        f"model.layers.{layer_idx}.block_sparse_moe.gate" for layer_idx in source.moe_layers
+    )
+    return fp8_quantization((*mixers, *routers, "lm_head"))
 
 
 def _target_moe(moe: MoeConfig | None) -> MoeConfig | None:
@@ -126,3 +145,12 @@ def _check_format(source: ModelConfig, form: TargetFormat) -> None:
                 found=found,
                 hint=f"Leave the format at {TargetFormat.KIMI_LINEAR}.",
             )
+
+
+def _check_storage(form: TargetFormat, stored: OutputFormat) -> None:
+    if form is not TargetFormat.KIMI_LINEAR and stored != AS_SOURCE:
+        raise RecipeError(
+            f"the {form} format is written in the source's dtype and without MTP layers",
+            found=f"dtype {stored.dtype}, MTP layers {stored.mtp}",
+            hint=f"Leave out one of both, or write {TargetFormat.KIMI_LINEAR}.",
+        )

@@ -16,7 +16,7 @@ from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Dropped, Entry
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import CONFIG_FILE, read_config
-from kimi_convert.errors import CheckpointError, KimiConvertError
+from kimi_convert.errors import CheckpointError, InputError, KimiConvertError
 from kimi_convert.model.names.layout import expected_entries, match_checkpoint
 
 # The part that a parameter belongs to, by the fields of its name after the layer's.
@@ -142,7 +142,7 @@ def summarize_checkpoint(folder: str | Path) -> CheckpointSummary:
     if index is not None:
         try:
             matched = match_checkpoint(config, index.tensors.values(), where=folder)
-        except CheckpointError as error:
+        except InputError as error:
             problems.append(error)
     entries = matched.entries if matched else expected_entries(config)
     return CheckpointSummary(

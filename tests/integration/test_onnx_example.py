@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
+from kimi_convert.exporters.onnx.options import Target
+from kimi_convert.exporters.onnx.picture import draw_layer
 from kimi_convert.exporters.onnx.session import OnnxSession
 from kimi_convert.model.loading import load_model
 from kimi_convert.model.tokenizer import load_tokenizer
@@ -21,6 +24,7 @@ from tests.unit.exporters.onnx.comparison import (
     state_errors,
 )
 
+PICTURES = Path(__file__).parents[2] / "docs" / "formats" / "onnx"
 DECODED = 64
 PIECES = {
     "prefill": (192,),
@@ -81,3 +85,11 @@ def test_int4_is_a_third_of_fp16_and_costs_little(tmp_path):
         sizes[options[1]] = document["files"]["model.onnx.data"]
     assert sizes["int4"] <= 0.35 * sizes["fp16"]
     assert 0 < document["comparison"]["loss_increase"] < 0.05
+
+
+@pytest.mark.parametrize("target", Target)
+def test_pictures_of_the_docs_are_those_of_the_files(hybrid, tmp_path, target):
+    done = run_here("export", "onnx", hybrid, tmp_path / "onnx", "--target", target, "--quiet")
+    assert done.returncode == 0, done.stderr
+    drawn = draw_layer(tmp_path / "onnx" / "model.onnx", 0)
+    assert drawn == (PICTURES / f"kda-{target}.svg").read_text(encoding="utf-8")

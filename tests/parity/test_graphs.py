@@ -7,7 +7,13 @@ import torch
 
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.exporters.onnx.export import export_onnx
-from kimi_convert.exporters.onnx.options import MoeForm, OnnxOptions, Target
+from kimi_convert.exporters.onnx.options import (
+    MoeForm,
+    OnnxOptions,
+    Precision,
+    Quantization,
+    Target,
+)
 from kimi_convert.validation.parity.compare import compare_traces
 from kimi_convert.validation.parity.greedy import compare_greedy
 from kimi_convert.validation.parity.oracles import onnx_genai, onnx_reference, onnx_runtime
@@ -23,6 +29,7 @@ from kimi_convert.validation.parity.torch_model import (
     trace_checkpoint,
 )
 from tests.parity import faults
+from tests.tiny import tiny_config, write_tiny_checkpoint
 
 TOKENS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(2))
 PROMPT = TOKENS[0, :6].tolist()
@@ -82,6 +89,36 @@ def test_graph_agrees_with_our_model(tiny_hybrid, graphs, reference, target, run
             assert compare_greedy(trace.greedy, expected, bound=result.bound).passed
         if form == "prefill":
             assert {probe.stage for probe in trace.values} >= INSIDE
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        (OnnxOptions(precision=Precision.FP16), torch.float16),
+        (OnnxOptions(precision=Precision.BF16), torch.bfloat16),
+    ],
+    ids=["fp16", "bf16"],
+)
+def test_graph_of_narrower_weights_is_judged_by_their_bound(
+    tiny_hybrid, reference, tmp_path, options, dtype
+):
+    export_onnx(tiny_hybrid, tmp_path / "graph", options=options)
+    asked = request(tiny_hybrid, tmp_path / "graph")
+    for trace in RUNS["runtime"](asked).values():
+        assert trace.dtype is dtype
+        config = read_config(tiny_hybrid)
+        result = compare_traces(trace, reference, dtype=dtype, config=config)
+        assert result.passed, (result.failures, result.location)
+        assert not compare_traces(trace, reference, dtype=torch.float32, config=config).passed
+
+
+def test_graph_of_integers_is_declined(tiny_hybrid, tmp_path, capsys):
+    config = tiny_config("kimi_linear", moe_intermediate_size=32)
+    folder = write_tiny_checkpoint(tmp_path / "checkpoint", config)
+    export_onnx(folder, tmp_path / "graph", options=OnnxOptions(quantize=Quantization.INT8))
+    with pytest.raises(SystemExit):
+        RUNS["runtime"](request(tiny_hybrid, tmp_path / "graph"))
+    assert "integers" in capsys.readouterr().err
 
 
 def test_every_state_of_a_graph_is_compared(tiny_hybrid, graphs, reference):

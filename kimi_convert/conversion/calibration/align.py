@@ -106,15 +106,16 @@ def align_mixer(
             values = {name: one.value for name, one in parameters.items()}
             found = functional_call(student.module, values, (x[rows],)) @ output.value
             loss = (found - y[rows]).square().sum() / y[rows].square().sum()
-            if not losses and float(loss.detach()) < _NOTHING_TO_GAIN:
+            now = float(loss.detach())
+            if not losses and now < _NOTHING_TO_GAIN:
                 # A layer that stays as it was: steps of a fixed size would only lead away.
-                return Trained(losses=(float(loss.detach()),) * 2, tokens=0)
+                return Trained(losses=(now, now), tokens=0)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(leaves, _CLIP)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss.detach()))
+            losses.append(now)
             drawn += len(rows) * x.shape[1]
             _check(losses, recipe)
     for name, parameter in student.module.named_parameters():

@@ -19,6 +19,16 @@ import onnx_ir as ir
 from kimi_convert.exporters.onnx.builder import END, GraphBuilder, reference
 from kimi_convert.exporters.onnx.domains import DOMAIN_VERSIONS, KIMI, MICROSOFT
 
+# Doc strings of the functions in a file; docs/formats/onnx.md has the same as tables.
+_DELTA_RULE_DOC = """\
+Kimi Delta Attention, token by token: S_t = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T and
+o = scale S_t^T q. Packed heads: q, k, g [B, T, H K], v [B, T, H V], beta [B, T, H]; states [B, H, K, V].
+q and k have unit length per head; g is the natural log of the decay per key channel; beta is in (0, 1).
+All fp32. Attributes: the number of heads H, and scale."""
+_CONV_DOC = """\
+SiLU of a causal depthwise convolution of {layout}, weight [C, 1, W], whose tap W - 1 meets the current
+token. States [B, C, W - 1] are the last inputs, the oldest first."""
+
 _INT, _FLOAT = ir.AttributeType.INT, ir.AttributeType.FLOAT
 
 
@@ -53,6 +63,7 @@ def linear_attention_function(opset: int) -> ir.Function:
             "update_rule": ir.AttributeType.STRING,
             "scale": _FLOAT,
         },
+        doc=_DELTA_RULE_DOC,
     )
 
 
@@ -75,6 +86,7 @@ def causal_conv_function(opset: int, *, channels: int, conv_size: int) -> ir.Fun
         inputs=("input", "weight", "bias", "past_state"),
         outputs=("output", "present_state"),
         attributes={"activation": ir.AttributeType.STRING},
+        doc=_CONV_DOC.format(layout="input [B, C, T]"),
     )
 
 
@@ -153,6 +165,7 @@ def _kimi_delta_attention(opset: int, body: _Body) -> ir.Function:
         inputs=("q", "k", "v", "g", "beta", "past_state"),
         outputs=("o", "present_state"),
         attributes={"num_heads": _INT, "scale": _FLOAT},
+        doc=_DELTA_RULE_DOC,
     )
 
 
@@ -164,6 +177,7 @@ def _kimi_short_conv(opset: int, body: _Body) -> ir.Function:
         inputs=("x", "weight", "past_state"),
         outputs=("y", "present_state"),
         attributes={"activation": ir.AttributeType.STRING, "channels": _INT},
+        doc=_CONV_DOC.format(layout="x [B, T, C]") + " Attributes: activation (silu) and C.",
     )
 
 
@@ -175,6 +189,7 @@ def _function(
     inputs: Sequence[str],
     outputs: Sequence[str],
     attributes: Mapping[str, ir.AttributeType],
+    doc: str,
 ) -> ir.Function:
     builder = GraphBuilder(opset=opset, in_function=True)
     given = [ir.Value(name=name) for name in inputs]
@@ -186,7 +201,9 @@ def _function(
     }
     graph = ir.Graph(given, made, nodes=builder.nodes, opset_imports=imports)
     declared = [ir.Attr(name, kind, None) for name, kind in attributes.items()]
-    return ir.Function(*identity, graph=graph, attributes=declared)
+    function = ir.Function(*identity, graph=graph, attributes=declared)
+    function.doc_string = doc
+    return function
 
 
 def _last(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:

@@ -25,6 +25,11 @@ from kimi_convert.exporters.onnx.weights import WeightStore
 
 LOGITS = "logits"
 
+_DOC = """\
+A language model with states. input_ids [B, T] are the new tokens; attention_mask [B, S] covers all S tokens
+seen, these included, 0 for padding on the left. Start with zeros in conv_state, recurrent_state, and no rows
+in key, value and latent; give each present.N.x as past_key_values.N.x of the next call."""
+
 
 def build_model(config: ModelConfig, options: OnnxOptions, store: WeightStore) -> ir.Model:
     """Return the model; its weights are where `store` says."""
@@ -51,6 +56,7 @@ def build_model(config: ModelConfig, options: OnnxOptions, store: WeightStore) -
         ir_version=_ir_version(options.opset),
         producer_name="kimi-convert",
         producer_version=__version__,
+        doc_string=_DOC,
         functions=functions,
     )
 

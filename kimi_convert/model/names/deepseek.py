@@ -116,13 +116,14 @@ NAMES = (
 
 _INVERSE_FREQUENCIES = "rotary frequencies are recomputed from config.json"
 _MTP = "multi-token-prediction layers have no place in the target format"
-_MTP_ONLY = (
-    "embed_tokens.weight",
-    "enorm.weight",
-    "hnorm.weight",
-    "eh_proj.weight",
-    "shared_head.norm.weight",
-    "shared_head.head.weight",
+# What an MTP layer holds besides a decoder layer.
+MTP_ONLY = (
+    _LAYER + "embed_tokens.weight",
+    _LAYER + "enorm.weight",
+    _LAYER + "hnorm.weight",
+    _LAYER + "eh_proj.weight",
+    _LAYER + "shared_head.norm.weight",
+    _LAYER + "shared_head.head.weight",
 )
 
 
@@ -133,7 +134,7 @@ def drops_beside(names: tuple[Name, ...]) -> tuple[Drop, ...]:
     """
     return (
         Drop(_ATTENTION + "rotary_emb.inv_freq", _INVERSE_FREQUENCIES, "all_and_mtp"),
-        *(Drop(_LAYER + name, _MTP, "mtp") for name in _MTP_ONLY),
+        *(Drop(name, _MTP, "mtp") for name in MTP_ONLY),
         *(Drop(row.checkpoint, _MTP, "mtp") for row in names if "layer" in holes(row.checkpoint)),
     )
 

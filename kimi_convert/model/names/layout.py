@@ -5,8 +5,9 @@ Layer sets, axis sizes, and the tensors that a checkpoint of that config must an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kimi_convert.checkpoints.dtypes import dtype_from_torch_name
 from kimi_convert.checkpoints.mapping import (
@@ -15,9 +16,12 @@ from kimi_convert.checkpoints.mapping import (
     Entry,
     Layout,
     Name,
+    count_kinds,
     expand,
     expand_drops,
+    holes,
     match,
+    places,
 )
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight, read_weights
@@ -55,6 +59,44 @@ def expected_entries(config: ModelConfig) -> tuple[Entry, ...]:
     return tuple(
         sorted(entries, key=lambda e: rank[e.param] if e.layer_idx is None else e.layer_idx)
     )
+
+
+def tensor_kinds(config: ModelConfig) -> Iterator[tuple[Name, tuple[int, ...], int]]:
+    """Give each kind of tensor that a checkpoint must hold: its row, its shape and its number."""
+    names, _ = _TABLES[config.model_type]
+    return count_kinds(names, layout_of(config))
+
+
+class MtpTensor(NamedTuple):
+    """A tensor of an MTP layer: its parameter, and its name in the target."""
+
+    param: str
+    name: str
+
+
+def mtp_tensors(source: ModelConfig, target: ModelConfig) -> dict[str, MtpTensor]:
+    """Return every tensor of the source's MTP layers, by its name there.
+
+    Their decoder layers are named as any layer of either format; the rest keeps its name.
+    """
+    ours, theirs = _TABLES[source.model_type][0], _TABLES[target.model_type][0]
+    target_rows = {row.param: row for row in theirs}
+    layout = layout_of(source)
+    found: dict[str, MtpTensor] = {}
+    for row in ours:
+        if "layer" in holes(row.checkpoint) and row.param in target_rows:
+            new = target_rows[row.param].checkpoint
+            for layer_idx, expert_idx in places(row.checkpoint, "mtp", layout):
+                fields = {"layer": layer_idx, "expert": expert_idx}
+                tensor = MtpTensor(row.param.format(**fields), new.format(**fields))
+                found[row.checkpoint.format(**fields)] = tensor
+    found |= {
+        name: MtpTensor(name, name)
+        for template in deepseek.MTP_ONLY
+        for layer_idx in layout.layers["mtp"]
+        if (name := template.format(layer=layer_idx))
+    }
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,4 +108,4 @@ def _asked(
     traces = ask_oracle(f"{_ORACLES}.{module}", request)
     problem.on_progress(ProgressEvent(name, 1, 1, "runs"))
     for number, (form, trace) in enumerate(traces.items()):
-        yield f"{name}, {form}", trace if number == 0 else Trace(trace.values)
+        yield f"{name}, {form}", trace if number == 0 else Trace(trace.values, dtype=trace.dtype)

@@ -253,7 +253,7 @@ def _run_all(
                         trace,
                         expected,
                         numerics=runner.numerics,
-                        dtype=runner.dtype,
+                        dtype=trace.dtype or runner.dtype,
                         config=problem.config,
                     )
                 )
@@ -273,22 +273,23 @@ def _judge(
     references: _References,
     seconds: float,
 ) -> ImplementationResult:
+    dtype = trace.dtype or runner.dtype
     comparison = compare_traces(
         trace,
         references.trace(runner.numerics),
-        dtype=runner.dtype,
+        dtype=dtype,
         config=problem.config,
     )
     greedy = None
     if trace.greedy is not None:
         expected = references.greedy(runner.numerics, problem.prompt)
         greedy = compare_greedy(trace.greedy, expected, bound=comparison.bound)
-    mine = effective(runner.numerics, problem.config, runner.dtype)
-    served = effective(SERVED, problem.config, runner.dtype)
+    mine = effective(runner.numerics, problem.config, dtype)
+    served = effective(SERVED, problem.config, dtype)
     return ImplementationResult(
         name=name,
         what=runner.what,
-        dtype=str(runner.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         numerics={f: str(getattr(mine, f)) for f in differing(mine, served)},
         comparison=comparison,
         rerouted=trace.rerouted,

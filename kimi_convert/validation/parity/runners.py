@@ -71,7 +71,7 @@ class TorchRunner:
         greedy = None
         if self.continues and problem.new_tokens:
             greedy = continue_greedily(folder, problem.prompt, problem.new_tokens, self.setting)
-        yield self.name, Trace(trace.values, greedy, trace.rerouted)
+        yield self.name, Trace(trace.values, greedy, rerouted=trace.rerouted)
 
 
 REFERENCE = "torch"

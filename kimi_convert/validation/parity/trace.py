@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kimi_convert.validation.parity.stages import LOGITS_PROBE, STATE, Probe
 
+_DTYPE = "dtype"
 _GREEDY_IDS, _GREEDY_LOGITS = "greedy ids", "greedy logits"
 
 
@@ -31,6 +33,7 @@ class Trace:
 
     values: Mapping[Probe, torch.Tensor]
     greedy: Greedy | None = None
+    dtype: torch.dtype | None = None  # the coarsest, where only who ran it can tell
     rerouted: int = 0  # tokens and layers where a near tie between experts was followed
 
     @property
@@ -51,7 +54,7 @@ class Trace:
             for probe, values in self.values.items()
             if probe.stage != STATE or tokens == num_tokens
         }
-        return Trace(kept, self.greedy, self.rerouted)
+        return Trace(kept, self.greedy, self.dtype, self.rerouted)
 
 
 def save_trace(trace: Trace, path: Path) -> None:
@@ -64,16 +67,19 @@ def save_trace(trace: Trace, path: Path) -> None:
         tensors[_GREEDY_IDS] = trace.greedy.ids
         tensors[_GREEDY_LOGITS] = trace.greedy.logits.contiguous()
     # Copies: two probes may share memory, which the format refuses.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    metadata = {} if trace.dtype is None else {_DTYPE: str(trace.dtype).removeprefix("torch.")}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata)
 
 
 def load_trace(path: Path) -> Trace:
     """Read what `save_trace` wrote."""
     tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        dtype = (file.metadata() or {}).get(_DTYPE)
     ids, logits = tensors.pop(_GREEDY_IDS, None), tensors.pop(_GREEDY_LOGITS, None)
     greedy = None if ids is None or logits is None else Greedy(ids, logits)
     values: dict[Probe, torch.Tensor] = {}
     for name, tensor in tensors.items():
         layer_idx, _, stage = name.partition(" ")
         values[Probe(int(layer_idx), stage)] = tensor
-    return Trace(values, greedy)
+    return Trace(values, greedy, None if dtype is None else getattr(torch, dtype))

@@ -31,7 +31,7 @@ def test_export_in_place_stays_small():
 
 
 def test_an_export_that_fails_is_one_clear_error(monkeypatch, capfd):
-    monkeypatch.setattr(onnx_export, "write_sparse_checkpoint", lambda folder, _: folder.mkdir())
+    monkeypatch.setattr(onnx_export, "write_shaped_checkpoint", lambda folder, _: folder.mkdir())
     assert onnx_export.main(["--layers", "2"]) == 6
     assert "the export that was to be measured failed" in capfd.readouterr().err
 

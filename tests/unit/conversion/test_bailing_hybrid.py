@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kimi_convert.config.huggingface import config_to_json, parse_config
+from kimi_convert.config.output_format import MtpLayers, OutputFormat, TargetDtype
 from kimi_convert.config.recipe import Recipe, load_recipe
 from kimi_convert.config.target_format import TargetFormat, output_format
 from kimi_convert.conversion import engine
@@ -142,3 +143,11 @@ def test_whole_hybrid_runs(tmp_path):
     with torch.no_grad():
         logits = load_model(ling)(torch.randint(96, (1, 20)))
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "stored", [OutputFormat(dtype=TargetDtype.FP8), OutputFormat(mtp=MtpLayers.KEEP)]
+)
+def test_storage_that_has_no_names_in_this_format_is_refused(stored):
+    with pytest.raises(RecipeError, match="source's dtype"):
+        target_config(tiny_config("deepseek_v3"), LING, stored)

@@ -296,4 +296,4 @@ def test_random_weights_leave_the_programs_generator_alone():
 
 
 def test_every_operation_that_computes_has_a_function():
-    assert set(TRANSFORMS) == set(Op) - {Op.COPY, Op.DEQUANTIZE, Op.FITTED}
+    assert set(TRANSFORMS) == set(Op) - {Op.COPY, Op.QUANTIZE, Op.DEQUANTIZE, Op.FITTED}

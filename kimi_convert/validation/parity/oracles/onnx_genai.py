@@ -10,10 +10,12 @@ import numpy as np
 import onnxruntime_genai
 import torch
 
+from kimi_convert.validation.parity.oracles.onnx_runtime import coarsest_dtype
 from kimi_convert.validation.parity.oracles.process import (
     DECODE,
     OracleRequest,
     answer_request,
+    decline,
 )
 from kimi_convert.validation.parity.stages import LOGITS_PROBE
 from kimi_convert.validation.parity.trace import Greedy, Trace
@@ -23,6 +25,10 @@ genai: Any = onnxruntime_genai  # its classes are made in C++, without types
 
 def trace_with_genai(request: OracleRequest) -> dict[str, Trace]:
     """Run each sequence token by token, as the runtime does when it writes."""
+    if coarsest_dtype(request) is not torch.float32:
+        decline(
+            "what experts it chooses is not seen, and narrower weights choose others in near ties"
+        )
     model = genai.Model(request.artifact)
     rows = [_logits(_generator(model, len(ids)), ids) for ids in request.tokens]
     values = {LOGITS_PROBE: torch.stack(rows)}

@@ -18,6 +18,7 @@ from kimi_convert.config.huggingface import read_config
 from kimi_convert.exporters.onnx.reference_operators import REFERENCE_OPERATORS
 from kimi_convert.validation.parity.oracles.onnx_runtime import (
     MODEL_FILE,
+    coarsest_dtype,
     named_values,
     shaped,
 )
@@ -37,6 +38,7 @@ _STANDARD = ("", "ai.onnx", "ai.kimi")
 def trace_with_evaluator(request: OracleRequest) -> dict[str, Trace]:
     """Run the first tokens of a request's first sequence."""
     path = Path(request.artifact) / MODEL_FILE
+    dtype = coarsest_dtype(request)
     model = onnx.load(str(path))
     _require_bodies(model)
     config = read_config(Path(request.folder))
@@ -53,9 +55,13 @@ def trace_with_evaluator(request: OracleRequest) -> dict[str, Trace]:
     if logits.shape[1] != tokens.shape[1]:
         decline("the graph gives the last logits alone")
     values: dict[Probe, torch.Tensor] = {
-        probe: shaped(results[name], probe, config, batch_size=1) for name, probe in probes.items()
+        probe: shaped(results[name][None], probe, config)
+        if results[name].ndim == 2
+        else shaped(results[name], probe, config)
+        for name, probe in probes.items()
     }
-    return {PREFILL: Trace(values | {LOGITS_PROBE: torch.from_numpy(logits).float()})}
+    values[LOGITS_PROBE] = torch.from_numpy(logits).float()
+    return {PREFILL: Trace(values, dtype=dtype)}
 
 
 def _require_bodies(model: onnx.ModelProto) -> None:

@@ -153,6 +153,14 @@ def test_a_file_names_no_more_than_its_target_allows(exported, options):
         ] == options.opset
 
 
+@pytest.mark.parametrize("options", TARGETS.values(), ids=TARGETS)
+def test_a_file_says_what_its_inputs_and_operators_are(exported, options):
+    model = onnx.load(exported(options) / "model.onnx", load_external_data=False)
+    assert "attention_mask [B, S]" in model.doc_string
+    for function in model.functions:
+        assert "scale S_t^T q" in function.doc_string or "[C, 1, W]" in function.doc_string
+
+
 def evaluated(folder, tokens, new_ops=()):
     """Return logits of the reference evaluator."""
     evaluator = ReferenceEvaluator(str(folder / "model.onnx"), new_ops=list(new_ops))

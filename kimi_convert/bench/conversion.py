@@ -1,0 +1,168 @@
+"""How fast `convert` is beside `cp`, what it holds in memory, and what peers take for the same bytes.
+
+    python -m kimi_convert.bench.conversion speed [--fp8] [--layers N] [--pairs N] [--jobs N]
+    python -m kimi_convert.bench.conversion memory MODEL
+    python -m kimi_convert.bench.conversion plan MODEL
+    python -m kimi_convert.bench.conversion peers [--layers N] [--mergekit FILE]
+
+`speed` copies and converts the same bytes in turn, and gives the ratio of each pair: a busy machine
+slows both. `memory` and `plan` take whole released models, right-shaped, their weights holes
+(`released_shapes`); `memory` converts one file of weights of each kind and deletes it, since no disk
+here holds an output of terabytes. `peers` rewrites the same bytes with other programs. All work in
+--folder, and remove what they wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from kimi_convert.bench.conversion_peers import measure_peers
+from kimi_convert.bench.process_cost import Cost, run_measured
+from kimi_convert.bench.released_shapes import MODELS, write_shaped_checkpoint
+from kimi_convert.errors import KimiConvertError, ResourceError
+
+_PROGRAM = "python -m kimi_convert.bench.conversion"
+_WHOLE = 10**18  # more bytes than any checkpoint here: all of them real
+
+
+def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Copy and convert a checkpoint of real bytes in turn."""
+    document = {**MODELS["moonlight"], "num_hidden_layers": options.layers}
+    if options.fp8:
+        document["quantization_config"] = MODELS["kimi-k2"]["quantization_config"]
+    source = write_shaped_checkpoint(folder / "source", document, filled_bytes=_WHOLE)
+    nbytes = sum(path.stat().st_size for path in source.iterdir())
+    convert = _convert(source, folder / "output", "--jobs", str(options.jobs))
+    pairs: list[dict[str, float]] = []
+    for _ in range(options.pairs):
+        copied = _removing(folder / "output", ("sh", "-c", _COPY, "sh", source, folder / "output"))
+        converted = _removing(folder / "output", convert)
+        pairs.append(
+            {
+                "cp_seconds": copied.seconds,
+                "convert_seconds": converted.seconds,
+                "ratio": copied.seconds / converted.seconds,
+                "peak_bytes": converted.peak_bytes,
+            }
+        )
+    return {
+        "source_bytes": nbytes,
+        "jobs": options.jobs,
+        "pairs": pairs,
+        "median_ratio": sorted(pair["ratio"] for pair in pairs)[(len(pairs) - 1) // 2],
+    }
+
+
+_COPY = 'cp -r "$1" "$2" && sync "$2"/*'
+
+
+def measure_memory(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Convert one file of each kind of a whole model, in a process of its own."""
+    source = write_shaped_checkpoint(folder / "source", MODELS[options.model])
+    code = (sys.executable, "-m", "kimi_convert.bench.sampled_conversion")
+    cost = run_measured((*code, source, folder / "output"))
+    return {"model": options.model, **json.loads(cost.stdout), "peak_bytes": cost.peak_bytes}
+
+
+def measure_plan(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Plan and inspect a whole model."""
+    source = write_shaped_checkpoint(folder / "source", MODELS[options.model])
+    found: dict[str, object] = {"model": options.model}
+    for command in ("plan", "inspect"):
+        cost = run_measured((sys.executable, "-m", "kimi_convert", command, source))
+        found[command] = {
+            "seconds": cost.seconds,
+            "processor_seconds": cost.processor_seconds,
+            "peak_bytes": cost.peak_bytes,
+        }
+    return found
+
+
+def measure_beside_peers(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Rewrite the same bytes with other programs."""
+    document = {**MODELS["moonlight"], "num_hidden_layers": options.layers}
+    source = write_shaped_checkpoint(folder / "source", document, filled_bytes=_WHOLE)
+    ours = _removing(folder / "output", _convert(source, folder / "output"))
+    costs = {"kimi-convert": ours, **measure_peers(source, folder / "output", options.mergekit)}
+    nbytes = sum(path.stat().st_size for path in source.iterdir())
+    return {
+        "source_bytes": nbytes,
+        "programs": {
+            name: {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
+            for name, cost in costs.items()
+        },
+    }
+
+
+def _convert(source: Path, output: Path, *more: str) -> tuple[object, ...]:
+    program = (sys.executable, "-m", "kimi_convert", "convert")
+    return (*program, source, output, "--no-text", "--quiet", *more)
+
+
+def _removing(output: Path, command: Sequence[object]) -> Cost:
+    """Run a command, and remove the folder that it wrote."""
+    import shutil
+
+    try:
+        return run_measured(command)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+_MEASURES: Mapping[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = (
+    MappingProxyType(
+        {
+            "speed": measure_speed,
+            "memory": measure_memory,
+            "plan": measure_plan,
+            "peers": measure_beside_peers,
+        }
+    )
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one measurement and print it as JSON; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=options.folder) as folder:
+            found = _MEASURES[options.measure](Path(folder), options)
+    except OSError as error:
+        sys.stderr.write(f"error: cannot measure in {options.folder}: {error.strerror}\n")
+        return ResourceError.exit_code
+    except KimiConvertError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Measure conversions of large checkpoints."
+    )
+    parser.add_argument("--folder", type=Path, help="where there is room; default: temporary")
+    measures = parser.add_subparsers(dest="measure", required=True)
+    speed = measures.add_parser("speed", help="beside cp and fsync of the same bytes")
+    speed.add_argument("--layers", type=int, default=7, help="7 of Moonlight's make 8.7 GB")
+    speed.add_argument("--fp8", action="store_true", help="from FP8 blocks to bf16")
+    speed.add_argument("--pairs", type=int, default=3)
+    speed.add_argument("--jobs", type=int, default=1)
+    for name in ("memory", "plan"):
+        measures.add_parser(name).add_argument("model", choices=sorted(MODELS))
+    peers = measures.add_parser("peers", help="mergekit, and transformers' save_pretrained")
+    peers.add_argument("--layers", type=int, default=3)
+    peers.add_argument("--mergekit", type=Path, help="mergekit-yaml of mergekit 0.1.5")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
