@@ -1,6 +1,6 @@
 """Measure `kimi-convert export onnx` on a checkpoint of Kimi-Linear-48B's shape.
 
-    python -m kimi_convert.bench.onnx_export [--weights inplace|copy] [--layers N] [--json]
+    python -m kimi_convert.bench.onnx_export [--weights inplace|copy|int4] [--layers N] [--json]
 
 The checkpoint has the config, names and shapes of Kimi-Linear-48B-A3B, but its weights are holes: 98 GB
 to a reader, next to nothing on disk. With copied weights the output is as large, and real: give fewer
@@ -69,6 +69,13 @@ KIMI_LINEAR: Mapping[str, object] = MappingProxyType(
         "vocab_size": 163840,
     }
 )
+HOW: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "inplace": ("--weights", "inplace"),
+        "copy": ("--precision", "bf16"),
+        "int4": ("--quantize", "int4"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +110,7 @@ def measure_export(folder: Path, *, layers: int, weights: str) -> ExportCost:
     Args:
         folder: empty; holds checkpoint and output afterwards.
         layers: of the model.
-        weights: "inplace" or "copy", the latter stored in bf16.
+        weights: a key of `HOW`.
 
     Raises:
         VerificationError: the export failed; what it said is on stderr.
@@ -115,7 +122,7 @@ def measure_export(folder: Path, *, layers: int, weights: str) -> ExportCost:
     )
     command = (sys.executable, "-m", "kimi_convert", "export", "onnx", str(checkpoint), *how)
     started = time.monotonic()
-    process = subprocess.Popen((*command, "--quiet"))  # noqa: S603  (our own program)
+    process = subprocess.Popen((*command, *HOW[weights], "--quiet"))  # noqa: S603  (our own program)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -145,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m kimi_convert.bench.onnx_export",
         description="Measure time and memory of `export onnx` at Kimi-Linear-48B's shape.",
     )
-    parser.add_argument("--weights", choices=("inplace", "copy"), default="inplace")
+    parser.add_argument("--weights", choices=tuple(HOW), default="inplace")
     parser.add_argument("--layers", type=int, default=KIMI_LINEAR["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where there is room; default: temporary")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

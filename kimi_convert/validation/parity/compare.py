@@ -19,7 +19,11 @@ from kimi_convert.validation.bounds import (
     error_bound,
     kl_bound,
     stage_bound,
-    tie_margin,
+)
+from kimi_convert.validation.parity.logits import (
+    LogitsComparison,
+    compare_logits,
+    relative_error,
 )
 from kimi_convert.validation.parity.routing import explained_choices, groups_of
 from kimi_convert.validation.parity.stages import (
@@ -38,19 +42,6 @@ from kimi_convert.validation.parity.trace import Trace
 # Scores too: where they are right, a choice that differs can only be a tie.
 _JUDGED = (EMBED, SCORES, HIDDEN, STATE, LATENTS, LOGITS)
 _WITHOUT_TOKENS = (STATE,)  # the others have one row per token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitsComparison:
-    """Rows of logits against the reference's."""
-
-    relative_error: float  # max |difference| / max |value|
-    max_abs_error: float
-    one_minus_cosine: float  # of the worst row
-    kl: float  # KL(reference || this) of the worst row, nats
-    disagreements: int  # rows whose largest logit is another
-    near_ties: int  # of these, rows where the two were too close to tell
-    tokens: int  # rows compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +76,6 @@ class Comparison:
         return not self.failures
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max |difference| / max |expected|; infinite if anything is not finite."""
-    if found.shape != expected.shape:
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    found, expected = found.double(), expected.double()
-    error, size = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not (math.isfinite(error) and math.isfinite(size)):
-        return math.inf
-    return error / size if size else (0.0 if error == 0 else math.inf)
-
-
 def compare_traces(
     found: Trace, expected: Trace, *, dtype: torch.dtype, config: ModelConfig
 ) -> Comparison:
@@ -116,7 +94,7 @@ def compare_traces(
     for probe in in_order(found.values.keys() & expected.values.keys()):
         if probe.stage in _JUDGED:
             errors[probe] = _error(found, expected, probe, kept)
-    logits = _compare_logits(found.logits, expected.logits, kept[:, -1], bound)
+    logits = compare_logits(found.logits, expected.logits, kept=kept[:, -1], bound=bound)
     failures = [probe.name for probe, error in errors.items() if not error <= bound]
     failures += _logits_failures(logits, expected.logits, bound)
     return Comparison(
@@ -240,35 +218,6 @@ def _tied(found: Trace, expected: Trace, layer_idx: int, *, groups: int) -> torc
         expected_scores=expected.values[scores].double(),
         expected_weights=expected.values[weights],
         groups=groups,
-    )
-
-
-def _compare_logits(
-    found: torch.Tensor, expected: torch.Tensor, kept: torch.Tensor, bound: float
-) -> LogitsComparison:
-    mine, theirs = found[kept].double(), expected[kept].double()  # [N, vocab]
-    if not len(theirs):
-        return LogitsComparison(
-            relative_error=0.0,
-            max_abs_error=0.0,
-            one_minus_cosine=0.0,
-            kl=0.0,
-            disagreements=0,
-            near_ties=0,
-            tokens=0,
-        )
-    log_mine, log_theirs = mine.log_softmax(-1), theirs.log_softmax(-1)
-    first, second = mine.argmax(-1), theirs.argmax(-1)
-    gaps = (theirs.gather(-1, second[:, None]) - theirs.gather(-1, first[:, None]))[:, 0]
-    margin = tie_margin(bound, theirs.abs().max().item())
-    return LogitsComparison(
-        relative_error=relative_error(mine, theirs),
-        max_abs_error=(mine - theirs).abs().max().item(),
-        one_minus_cosine=(1 - torch.cosine_similarity(mine, theirs, dim=-1)).max().item(),
-        kl=(log_theirs.exp() * (log_theirs - log_mine)).sum(-1).max().item(),
-        disagreements=int((first != second).sum()),
-        near_ties=int(((first != second) & (gaps <= margin)).sum()),
-        tokens=len(theirs),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.model.numerics import Numerics
 from kimi_convert.validation.bounds import coarsest, error_bound
-from kimi_convert.validation.parity.compare import comparable_tokens, relative_error
+from kimi_convert.validation.parity.compare import comparable_tokens
+from kimi_convert.validation.parity.logits import relative_error
 from kimi_convert.validation.parity.numerics_of import differing, effective
 from kimi_convert.validation.parity.report import PairError
 from kimi_convert.validation.parity.routing import groups_of

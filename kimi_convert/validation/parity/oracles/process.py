@@ -63,7 +63,8 @@ def ask_oracle(module: str, request: OracleRequest) -> dict[str, Trace]:
         asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
         paths = (_PACKAGE_PARENT, os.environ.get("PYTHONPATH", ""))
         done = subprocess.run(  # noqa: S603  (this interpreter, this package)
-            [sys.executable, "-m", module, str(asked)],
+            # -P: a file in the current folder must not stand in for a library.
+            [sys.executable, "-P", "-m", module, str(asked)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.DEVNULL,
             capture_output=True,

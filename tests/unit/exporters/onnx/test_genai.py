@@ -9,7 +9,14 @@ import onnxruntime_genai
 import pytest
 
 from kimi_convert.exporters.onnx.export import export_onnx
-from kimi_convert.exporters.onnx.options import MlaForm, OnnxOptions, Target
+from kimi_convert.exporters.onnx.options import (
+    MlaForm,
+    OnnxOptions,
+    Precision,
+    Quantization,
+    Target,
+)
+from kimi_convert.exporters.onnx.session import OnnxSession
 from kimi_convert.model.generation import generate
 from kimi_convert.model.loading import load_model
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
@@ -47,6 +54,25 @@ def test_genai_writes_the_same_tokens(tmp_path, fields, options):
     export_onnx(checkpoint, tmp_path / "onnx", options=options)
     wanted = list(generate(load_model(checkpoint), PROMPT, max_new_tokens=NEW_TOKENS))
     assert len(set(wanted)) > NEW_TOKENS // 3  # not one token again and again
+    assert genai_tokens(tmp_path / "onnx", PROMPT, NEW_TOKENS) == wanted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [OnnxOptions(precision=Precision.FP16), OnnxOptions(quantize=Quantization.INT4)],
+    ids=["fp16", "int4"],
+)
+def test_genai_writes_what_onnx_runtime_alone_writes(tmp_path, options):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    config = tiny_config("kimi_linear", eos_token_id=95, **sizes)
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", config)
+    export_onnx(checkpoint, tmp_path / "onnx", options=options)
+    session = OnnxSession(tmp_path / "onnx", threads=1)
+    states = session.new_states(1)
+    tokens, wanted = np.array([PROMPT]), []
+    for _ in range(NEW_TOKENS):
+        tokens = session.run(tokens, states)[:, -1:].argmax(-1)
+        wanted.append(int(tokens[0, 0]))
     assert genai_tokens(tmp_path / "onnx", PROMPT, NEW_TOKENS) == wanted
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kimi_convert.validation.parity.compare import compare_traces, relative_error
+from kimi_convert.validation.parity.compare import compare_traces
+from kimi_convert.validation.parity.logits import relative_error
 from kimi_convert.validation.parity.stages import LOGITS_PROBE, Probe
 from kimi_convert.validation.parity.trace import Trace
 from tests.tiny import tiny_config

@@ -97,6 +97,17 @@ def test_process_that_fails_gives_its_last_words(tmp_path):
             ask_oracle("saying", request)
 
 
+def test_process_does_not_import_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('taken over')\n")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "asking.py").write_text("import torch, sys\nsys.exit('as it was')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "there"))
+    request = OracleRequest(folder="", tokens=[[1]], forms=["prefill"], prompt=[], new_tokens=0)
+    with pytest.raises(OracleFailedError, match="as it was"):
+        ask_oracle("asking", request)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
