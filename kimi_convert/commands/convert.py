@@ -203,6 +203,7 @@ def _runner(jobs: int, engine: EngineName) -> Runner:
             "a Ray cluster runs as many jobs as it has cores and memory for",
             expected=f"--jobs or --engine {EngineName.RAY}",
             found="both",
+            hint="Leave one of the two out.",
         )
     from kimi_convert.conversion.ray_cluster import RayCluster
 

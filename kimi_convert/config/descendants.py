@@ -126,8 +126,8 @@ def recognise_descendant(document: Mapping[str, object]) -> Descendant | None:
     inner = _object(document.get(_TEXT_CONFIG))
     text = document if inner is None else inner
     for family in _FAMILIES:
-        types = {document.get("model_type"), text.get("model_type")}
-        if types.isdisjoint(family.model_types):
+        types = (document.get("model_type"), text.get("model_type"))
+        if not any(name in types for name in family.model_types):
             continue
         if any(_field(text, name) in _QUIET for name in family.needs):
             continue

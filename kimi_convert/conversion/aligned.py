@@ -186,6 +186,14 @@ def _check_pair(teacher: ModelConfig, student: ModelConfig, *, where: Path) -> N
             found=student.model_type,
             hint="Make one with `kimi-convert convert`.",
         )
+    if student.quantization is not None or student.num_mtp_layers:
+        raise ConfigError(
+            "this hybrid cannot be aligned as it is stored",
+            where=where,
+            expected="plain weights, and no MTP layers",
+            found="quantised weights" if student.quantization else "MTP layers",
+            hint="Convert its teacher without them, and align that.",
+        )
     recipe = Recipe(
         keep_layers=student.mla_layers,
         short_conv_size=student.kda.conv_size,

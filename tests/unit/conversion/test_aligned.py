@@ -218,6 +218,14 @@ def test_two_of_a_kind_are_refused(tmp_path, pair, text):
         align_checkpoint(student, student, tmp_path / "out", request=request_of(text))
 
 
+def test_hybrid_whose_storage_would_be_lost_is_refused(tmp_path, pair, text):
+    teacher, student = pair
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    with pytest.raises(ConfigError, match="as it is stored"):
+        align_checkpoint(teacher, student, tmp_path / "out", request=request_of(text))
+
+
 @pytest.mark.parametrize("inside", ["teacher", "hybrid"])
 def test_output_inside_an_input_is_refused_before_any_work(tmp_path, pair, text, inside):
     with pytest.raises(OutputError):
