@@ -89,6 +89,25 @@ _BASES: dict[str, dict[str, object]] = {
         "topk_method": "noaux_tc",
     },
 }
+_BASES["bailing_hybrid"] = {
+    **_COMMON,
+    "model_type": "bailing_hybrid",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "head_dim": 16,
+    "short_conv_kernel_size": 4,
+    "kda_lower_bound": -5.0,
+    "layer_group_size": 4,
+    "layer_types": None,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 1,
+    "norm_topk_prob": True,
+    "n_group": 1,
+}
+del _BASES["bailing_hybrid"]["moe_layer_freq"]
 _BASES["kimi_k2"] = {**_BASES["deepseek_v3"], "model_type": "kimi_k2"}
 
 
@@ -96,7 +115,7 @@ def tiny_config(kind: str, **overrides: object) -> ModelConfig:
     """Return a checked config of about a hundred thousand parameters.
 
     Args:
-        kind: `deepseek_v2`, `deepseek_v3`, `kimi_k2` or `kimi_linear`.
+        kind: `deepseek_v2`, `deepseek_v3`, `kimi_k2`, `kimi_linear` or `bailing_hybrid`.
         **overrides: fields of config.json in that kind's spelling; others are refused.
     """
     base = _BASES[kind]
@@ -200,5 +219,6 @@ _SPECIAL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "kda.A_log": lambda noise: 0.7 * noise,
     # Decays exp(g) from about 0.3 to 0.99: both memory and forgetting are seen.
     "kda.dt_bias": lambda noise: noise - 2.0,
+    "mla.gate.weight": lambda noise: 0.3 * noise,
     "moe.router.bias": lambda noise: 0.1 * noise,
 }

@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from kimi_convert.conversion.calibration.report import CalibrationReport
 
 _SHOWN_SETS = 4
+_LAYER_COLUMNS = (
+    "layer",
+    "mixer",
+    "as KDA",
+    "as MLA",
+    "error",
+    "cosine",
+    "norm",
+    "half-life",
+    "beta",
+    "basis",
+)
 
 
 def fit_report(fit: CalibrationReport) -> Report:
@@ -39,14 +51,20 @@ def _layers(fit: CalibrationReport) -> Table:
             f"{layer.kl_as_kda:.4f}",
             f"{layer.kl_as_mla:.4f}",
             f"{layer.error:.3f}",
+            f"{layer.cosine:.3f}",
+            f"{layer.norm_ratio:.3f}",
+            "" if layer.half_life is None else f"{layer.half_life:.3g}",
+            "" if layer.beta is None else f"{layer.beta:.2f}",
+            next(iter(layer.bases), "") if layer.mixer == "kda" else "",
         )
         for layer in fit.layers
     )
     return Table(
-        "Layers, counted from 0: what each alone would cost in KL, and its error as it is now",
-        ("layer", "mixer", "as KDA", "as MLA", "error"),
+        "Layers, counted from 0: what each alone would cost in KL, its distance from its target as "
+        "it is now, half-life in tokens, write strength, commonest basis",
+        _LAYER_COLUMNS,
         rows,
-        right=("layer", "as KDA", "as MLA", "error"),
+        right=("layer", *_LAYER_COLUMNS[2:9]),
     )
 
 

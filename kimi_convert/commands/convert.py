@@ -70,6 +70,15 @@ DistillOpt = Annotated[
         show_default=False,
     ),
 ]
+FormatOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="kimi_linear, or bailing_hybrid, where MLA layers keep their rotation.",
+        show_default=False,
+    ),
+]
 NoTextOpt = Annotated[
     bool, typer.Option("--no-text", help="Fit nothing: a start for training, made in seconds.")
 ]
@@ -92,6 +101,7 @@ def convert(
     align: AlignOpt = None,
     distill: DistillOpt = None,
     no_text: NoTextOpt = False,
+    form: FormatOpt = None,
     device: DeviceOpt = "cpu",
     max_shard_size: MaxShardSizeOpt = DEFAULT_MAX_SHARD_SIZE,
     dtype: DtypeOpt = TargetDtype.SOURCE,
@@ -115,6 +125,7 @@ def convert(
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
+    chosen = _in_format(chosen, form)
     limit = parse_byte_size(max_shard_size)
     output_format = OutputFormat(dtype=dtype, mtp=mtp)
     if dry_run:
@@ -192,10 +203,17 @@ def _runner(jobs: int, engine: EngineName) -> Runner:
             "a Ray cluster runs as many jobs as it has cores and memory for",
             expected=f"--jobs or --engine {EngineName.RAY}",
             found="both",
+            hint="Leave one of the two out.",
         )
     from kimi_convert.conversion.ray_cluster import RayCluster
 
     return RayCluster()
+
+
+def _in_format(recipe: Recipe, name: str | None) -> Recipe:
+    from kimi_convert.config.target_format import output_format
+
+    return recipe if name is None else replace(recipe, output_format=output_format(name))
 
 
 @contextmanager

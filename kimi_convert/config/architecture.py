@@ -1,7 +1,8 @@
 """The architecture of one model as frozen, checked data.
 
 One `ModelConfig` describes both sides of a conversion: a source whose every layer is MLA with
-RoPE (DeepSeek-V2, DeepSeek-V3, Moonlight, Kimi-K2) and a Kimi-Linear hybrid of KDA and NoPE MLA.
+RoPE (DeepSeek-V2, DeepSeek-V3, Moonlight, Kimi-K2), and hybrids of KDA and MLA: Kimi-Linear, whose
+MLA is NoPE, and Ling-3 (bailing_hybrid), whose MLA rotates and has a gate for each head.
 How it is spelled in config.json is `config.huggingface`'s business. Layers count from 0.
 """
 
@@ -104,6 +105,7 @@ class MlaConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     rope: RopeConfig | None
+    gated: bool = False  # each head's output times sigmoid(w . x)
 
     def __post_init__(self) -> None:
         """Refuse sizes that no tensor can have."""
@@ -139,9 +141,16 @@ class KdaConfig:
     num_heads: int
     head_dim: int
     conv_size: int = 4
+    # One matrix each for the decay's and the output's gate, where Kimi-Linear has two of low rank.
+    full_rank_gates: bool = False
+    lower_bound: float | None = None  # of the log decay, natural; None: no bound
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no tensor can have."""
+        """Refuse sizes that no tensor can have, and a bound that lets nothing fade."""
+        bound = self.lower_bound
+        require(
+            bound is None or -100 <= bound < 0, "kda_lower_bound", "-100 up to, not with, 0", bound
+        )
         require_size("linear_attn_config.num_heads", self.num_heads, MAX_HEADS)
         require_size("linear_attn_config.head_dim", self.head_dim, MAX_WIDTH)
         require_size("linear_attn_config.short_conv_kernel_size", self.conv_size, MAX_CONV_SIZE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_convert.config.architecture import ModelConfig, MoeConfig, Scoring, TopkMethod
 from kimi_convert.config.fields import REQUIRED, Fields
-from kimi_convert.config.rope import rope_to_json
+from kimi_convert.config.rope import parse_rope, rope_to_json
 from kimi_convert.config.shared_fields import (
     carried_fields,
     parse_mla,
@@ -32,7 +32,7 @@ def parse_deepseek(fields: Fields, model_type: str) -> ModelConfig:
     for each version: the scoring function and how experts are chosen.
     """
     shared = parse_shared(fields, model_type)
-    mla = parse_mla(fields, rotates=True)
+    mla = parse_mla(fields, rope=parse_rope(fields))
     moe = _parse_moe(fields, version_2=model_type == _VERSION_2)
     carried = carried_fields(fields, written_fields(_ARCHITECTURES[model_type]))
     return ModelConfig(**shared, mla=mla, moe=moe, carried=carried)

@@ -62,7 +62,9 @@ _FAMILIES = (
     _Family(
         "Ling-3.0",
         ("bailing_hybrid",),
-        ("short_conv_kernel_size",),  # Ling 2.5 has the same model type and no KDA
+        # Ling 2.5 has the same model type and no KDA; what `convert --format bailing_hybrid` writes
+        # says nothing of its gate, which has one form in transformers.
+        ("short_conv_kernel_size", "gated_attention_proj_granularity_type"),
         (
             _Feature("kda_lower_bound", _GATE),
             _Feature("no_kda_lora", "a forget gate and an output gate of full rank in KDA"),
@@ -124,8 +126,8 @@ def recognise_descendant(document: Mapping[str, object]) -> Descendant | None:
     inner = _object(document.get(_TEXT_CONFIG))
     text = document if inner is None else inner
     for family in _FAMILIES:
-        types = {document.get("model_type"), text.get("model_type")}
-        if types.isdisjoint(family.model_types):
+        types = (document.get("model_type"), text.get("model_type"))
+        if not any(name in types for name in family.model_types):
             continue
         if any(_field(text, name) in _QUIET for name in family.needs):
             continue

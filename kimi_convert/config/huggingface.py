@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import cast
 
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.bailing_hybrid import (
+    BAILING_TYPE,
+    bailing_hybrid_to_json,
+    parse_bailing_hybrid,
+)
 from kimi_convert.config.deepseek import SOURCE_TYPES, deepseek_to_json, parse_deepseek
 from kimi_convert.config.descendants import refuse_descendant
 from kimi_convert.config.fields import Fields
@@ -42,10 +47,12 @@ _MAX_DIGITS = 1000  # of a whole number; Python reads no more than 4300
 _PARSERS: Mapping[str, Callable[[Fields, str], ModelConfig]] = {
     **dict.fromkeys(SOURCE_TYPES, parse_deepseek),
     TARGET_TYPE: parse_kimi_linear,
+    BAILING_TYPE: parse_bailing_hybrid,
 }
 _SPELLERS: Mapping[str, Callable[[ModelConfig], dict[str, object]]] = {
     **dict.fromkeys(SOURCE_TYPES, deepseek_to_json),
     TARGET_TYPE: kimi_linear_to_json,
+    BAILING_TYPE: bailing_hybrid_to_json,
 }
 
 
@@ -80,7 +87,7 @@ def parse_config(document: Mapping[str, object], *, where: object = CONFIG_FILE)
             where=where,
             expected=", ".join(sorted((*_PARSERS, *MULTIMODAL_TYPES))),
             found=shown(model_type),
-            hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2 and Kimi-Linear.",
+            hint="kimi-convert reads DeepSeek-V2/V3, Moonlight, Kimi-K2, Kimi-Linear and its own bailing_hybrid.",
         )
     try:
         return parse(fields, model_type)

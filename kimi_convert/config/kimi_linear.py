@@ -30,7 +30,7 @@ def parse_kimi_linear(fields: Fields, model_type: str) -> ModelConfig:
     """Read a hybrid config; its MLA layers must be NoPE, as every loader assumes."""
     fields.expect("mla_use_nope", True)
     shared = parse_shared(fields, model_type)
-    mla = parse_mla(fields, rotates=False)
+    mla = parse_mla(fields, rope=None)
     linear = fields.nested("linear_attn_config") or fields.inside("linear_attn_config", {})
     kda_layers = kda_layers_of(fields, linear, shared["num_layers"])
     kda = KdaConfig(

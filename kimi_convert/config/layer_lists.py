@@ -47,6 +47,15 @@ def kda_layers_of(fields: Fields, linear: Fields, num_layers: int) -> tuple[int,
     return listed if listed is not None else typed or ()
 
 
+def kda_layers_by_type(fields: Fields, num_layers: int) -> tuple[int, ...] | None:
+    """Return the KDA layers, counted from 0, as `layer_types` has them; None without it.
+
+    Raises:
+        ConfigError: there is not one known type for each layer.
+    """
+    return _from_types(fields.texts("layer_types"), num_layers)
+
+
 def leading_dense_layers(fields: Fields, num_layers: int) -> int:
     """Return how many layers before the first mixture of experts are dense.
 

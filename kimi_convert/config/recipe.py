@@ -10,6 +10,8 @@ steps = 0
 keep = "auto"                # by measurement; "released": every 4th and the last; or a list from 0
 [mla]
 rope = "fold"                # what becomes of the rotated part of layers that stay
+[output]
+format = "kimi_linear"       # or "bailing_hybrid", where layers that stay keep their rotation
 [kda]
 short_conv_size = 4
 qk_rms = 8.0
@@ -30,6 +32,7 @@ from pathlib import Path
 from kimi_convert.config.calibration import CalibrationRecipe, read_calibration
 from kimi_convert.config.fields import Fields
 from kimi_convert.config.limits import MAX_LAYERS, shown
+from kimi_convert.config.target_format import TargetFormat, output_format
 from kimi_convert.errors import ConfigError, RecipeError
 
 _MAX_RECIPE_BYTES = 1024 * 1024
@@ -63,6 +66,7 @@ class Recipe:
     v_rms: float = 0.3  # of v before SiLU; below 1, SiLU stays close to linear
     half_life_tokens: tuple[float, float] = (0.3, 10.0)  # shortest and longest key channel
     output_scale: float = 0.4  # of a mixer's output against the teacher's values
+    output_format: TargetFormat = TargetFormat.KIMI_LINEAR
     seed: int = 0  # of the down-projections of the gates, which start without effect
 
     def __post_init__(self) -> None:
@@ -131,6 +135,7 @@ class Recipe:
         if self.calibration is not None:
             document |= self.calibration.to_json()
         document["keep_layers"] = self._keep_text()
+        document["output_format"] = str(self.output_format)
         document["half_life_tokens"] = list(self.half_life_tokens)
         return document
 
@@ -238,8 +243,8 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _parse(document: Mapping[str, object], path: Path) -> Recipe:
     defaults = Recipe()
     top = Fields(document, where=path)
-    names = ("init", "calibration", "align", "distill", "layers", "mla", "kda")
-    init, calibration, align, distill, layers, mla, kda = (
+    names = ("init", "calibration", "align", "distill", "layers", "mla", "output", "kda")
+    init, calibration, align, distill, layers, mla, output, kda = (
         top.nested(name) or top.inside(name, {}) for name in names
     )
     fitted = read_calibration(init, calibration, align, distill)
@@ -254,10 +259,11 @@ def _parse(document: Mapping[str, object], path: Path) -> Recipe:
         qk_rms=kda.number("qk_rms", default=defaults.qk_rms),
         v_rms=kda.number("v_rms", default=defaults.v_rms),
         half_life_tokens=_half_lives(kda) or defaults.half_life_tokens,
+        output_format=output_format(output.text("format", default=defaults.output_format)),
         output_scale=kda.number("output_scale", default=defaults.output_scale),
         seed=kda.integer("seed", default=defaults.seed),
     )
-    for section in (top, init, calibration, align, distill, layers, mla, kda):
+    for section in (top, init, calibration, align, distill, layers, mla, output, kda):
         section.refuse_rest()
     return values
 

@@ -10,15 +10,19 @@ from kimi_convert.errors import ConfigError
 _DEFAULT_THETA = 10000.0
 
 
-def parse_rope(fields: Fields) -> RopeConfig:
+def parse_rope(fields: Fields, *, default_theta: float = _DEFAULT_THETA) -> RopeConfig:
     """Read theta, the pairing of dimensions and YaRN, in the old or the new spelling.
+
+    Args:
+        fields: the whole config.
+        default_theta: what the model type's loaders take where none is stated.
 
     Raises:
         ConfigError: both spellings are present and differ, or the scaling is of an unknown type.
     """
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     return RopeConfig(
-        theta=_parse_theta(fields, scaling, parameters),
+        theta=_parse_theta(fields, scaling, parameters, default=default_theta),
         interleaved=fields.boolean("rope_interleave", default=True),
         yarn=_parse_yarn(scaling, parameters),
     )
@@ -44,7 +48,9 @@ def rope_to_json(rope: RopeConfig | None) -> dict[str, object]:
     return document
 
 
-def _parse_theta(fields: Fields, scaling: Fields | None, parameters: Fields | None) -> float:
+def _parse_theta(
+    fields: Fields, scaling: Fields | None, parameters: Fields | None, *, default: float
+) -> float:
     """Read the base from the three places that may state it."""
     places = (
         ("rope_theta", fields),
@@ -54,7 +60,7 @@ def _parse_theta(fields: Fields, scaling: Fields | None, parameters: Fields | No
     read = ((name, place and place.optional_number("rope_theta")) for name, place in places)
     stated = [(name, theta) for name, theta in read if theta is not None]
     if not stated:
-        return _DEFAULT_THETA
+        return default
     (first, theta), *others = stated
     for name, other in others:
         if other != theta:

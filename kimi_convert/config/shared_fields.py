@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypedDict
 
-from kimi_convert.config.architecture import MlaConfig, ModelConfig, Scoring, TopkMethod
+from kimi_convert.config.architecture import (
+    MlaConfig,
+    ModelConfig,
+    RopeConfig,
+    Scoring,
+    TopkMethod,
+)
 from kimi_convert.config.fields import Fields, same
 from kimi_convert.config.limits import MAX_LAYERS, shown
-from kimi_convert.config.rope import parse_rope
 from kimi_convert.errors import ConfigError
 
 # What every config.json gets that says nothing else: of one value only, or inert.
@@ -107,8 +112,8 @@ def shared_to_json(config: ModelConfig) -> dict[str, object]:
     return document
 
 
-def parse_mla(fields: Fields, *, rotates: bool) -> MlaConfig:
-    """Read the sizes of multi-head latent attention.
+def parse_mla(fields: Fields, *, rope: RopeConfig | None, gated: bool = False) -> MlaConfig:
+    """Read the sizes of multi-head latent attention; what they do not say is given.
 
     Raises:
         ConfigError: fewer key-value heads than query heads, which MLA does not have, or a width
@@ -131,7 +136,8 @@ def parse_mla(fields: Fields, *, rotates: bool) -> MlaConfig:
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rotated,
         v_head_dim=fields.integer("v_head_dim"),
-        rope=parse_rope(fields) if rotates else None,
+        rope=rope,
+        gated=gated,
     )
 
 

@@ -20,6 +20,7 @@ from kimi_convert.config.calibration import CalibrationRecipe
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.outcome import Outcome
@@ -185,7 +186,19 @@ def _check_pair(teacher: ModelConfig, student: ModelConfig, *, where: Path) -> N
             found=student.model_type,
             hint="Make one with `kimi-convert convert`.",
         )
-    recipe = Recipe(keep_layers=student.mla_layers, short_conv_size=student.kda.conv_size)
+    if student.quantization is not None or student.num_mtp_layers:
+        raise ConfigError(
+            "this hybrid cannot be aligned as it is stored",
+            where=where,
+            expected="plain weights, and no MTP layers",
+            found="quantised weights" if student.quantization else "MTP layers",
+            hint="Convert its teacher without them, and align that.",
+        )
+    recipe = Recipe(
+        keep_layers=student.mla_layers,
+        short_conv_size=student.kda.conv_size,
+        output_format=TargetFormat(student.model_type),
+    )
     if student.num_layers != teacher.num_layers:
         raise _not_a_pair("num_hidden_layers", teacher.num_layers, student.num_layers, where)
     made = target_config(teacher, recipe)

@@ -87,6 +87,7 @@ def convert_checkpoint(
     plan = plan_conversion(
         source, recipe, max_shard_bytes=max_shard_bytes, output_format=output_format
     )
+    runner.check()
     require_memory(plan, workers=runner.workers)
     check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
     check_text(text, source)

@@ -22,7 +22,8 @@ from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.output_format import AS_SOURCE, OutputFormat, TargetDtype
 from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, Encoding, Quantization
 from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.conversion.rules import RULES, SOLVED_TARGETS, TRAINED_TARGETS, Op, Rule
+from kimi_convert.config.target_format import TargetFormat
+from kimi_convert.conversion.rules import LING_RULES, RULES, Op, Rule, is_solved, is_trained
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import MappingError
@@ -207,7 +208,7 @@ def _tasks(
     matched: MatchedCheckpoint,
     recipe: Recipe,
 ) -> Iterator[TensorTask]:
-    rules, fitted = _RuleBook(source), _fitted_targets(recipe)
+    rules = _RuleBook(source, _rules_of(recipe.output_format))
     weights = dict(matched.weights)
     if source.tie_word_embeddings:
         weights["head.weight"] = weights["embed.weight"]
@@ -217,7 +218,7 @@ def _tasks(
         yield TensorTask(
             tensor=PlannedTensor(entry.name, _dtype(entry, rule, sources, matched), entry.shape),
             param=entry.param,
-            op=Op.FITTED if entry.template in fitted else rule.op,
+            op=Op.FITTED if _is_fitted(rule, recipe) else rule.op,
             sources=tuple(weight.name for weight in sources),
             layer_idx=entry.layer_idx,
         )
@@ -273,23 +274,28 @@ def _fp8_tasks(task: TensorTask, weight: Weight) -> Iterator[TensorTask]:
     yield replace(task, tensor=tensor, op=op, part=1)
 
 
-def _fitted_targets(recipe: Recipe) -> frozenset[str]:
-    """Return which parameters come from the calibration."""
+def _rules_of(form: TargetFormat) -> tuple[Rule, ...]:
+    tables = {TargetFormat.KIMI_LINEAR: RULES, TargetFormat.BAILING_HYBRID: LING_RULES}
+    return tables[form]
+
+
+def _is_fitted(rule: Rule, recipe: Recipe) -> bool:
+    """Tell whether a parameter comes from the calibration."""
     fitted = recipe.calibration
     if fitted is None:
-        return frozenset()
-    return TRAINED_TARGETS if fitted.trains else SOLVED_TARGETS
+        return False
+    return is_trained(rule) if fitted.trains else is_solved(rule)
 
 
 class _RuleBook:
     """Finds the one rule of a target tensor, and fills in its layer and expert."""
 
-    def __init__(self, source: ModelConfig) -> None:
+    def __init__(self, source: ModelConfig, rules: tuple[Rule, ...]) -> None:
         self._layers: Mapping[str, frozenset[int]] = {
             name: frozenset(layers) for name, layers in layout_of(source).layers.items()
         }
         self._by_target: dict[str, list[Rule]] = {}
-        for rule in RULES:
+        for rule in rules:
             self._by_target.setdefault(rule.target, []).append(rule)
 
     def rule_for(self, entry: Entry) -> Rule:

@@ -57,6 +57,14 @@ class RayCluster:
         """None of them here: each task asks the cluster for its memory."""
         return 0
 
+    def check(self) -> None:
+        """See whether there is a cluster.
+
+        Raises:
+            UsageError: Ray is not installed, or there is no cluster.
+        """
+        _connected(self.address).shutdown()
+
     def run(self, jobs: Sequence[ShardJob], *, on_done: OnDone, on_bytes: OnBytes) -> None:
         """Run every job, and check every file.
 

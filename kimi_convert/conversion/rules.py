@@ -17,6 +17,7 @@ class Op(StrEnum):
     QUANTIZE = "quantize"  # the values, or their scales, of FP8 blocks
     DEQUANTIZE = "dequantize"  # the stored values times their scales, rounded once
     KEEP_QUERY = "keep_query"  # rows of a kept layer's q
+    DOUBLE = "double"  # twice the values: exact, and undone by a gate of one half
     TAKE_QUERY = "take_query"
     FOLD_QUERY = "fold_query"
     FOLD_KEY = "fold_key"
@@ -28,6 +29,7 @@ class Op(StrEnum):
     SCALE_OUTPUT = "scale_output"
     DECAY_RATE = "decay_rate"
     DECAY_BIAS = "decay_bias"
+    BOUNDED_BIAS = "bounded_bias"
     RANDOM = "random"
     ZEROS = "zeros"
     OUTPUT_GAIN = "output_gain"
@@ -98,12 +100,34 @@ RULES = (
     Rule(_KDA + "o.weight", Op.SCALE_OUTPUT, (_KEPT + "o.weight", *_INPUT, *_LATENT)),
 )
 
-# What a calibration gives without gradients: every mixer that is new, and the query and output of
-# those that stay. Training moves all of a mixer.
-SOLVED_TARGETS = frozenset(
-    rule.target
-    for rule in RULES
-    if rule.target.startswith(_KDA)
-    or rule.target in (_KEPT + "q.weight", _KEPT + "q_b.weight", _KEPT + "o.weight")
+# Ling-3: layers that stay rotate as before, and have a gate, which is set to a half and made up for.
+_LING_ALONE = (
+    Rule(_KEPT + "q.weight", Op.COPY, _FULL_QUERY),
+    Rule(_KEPT + "q_b.weight", Op.COPY, (_KEPT + "q_b.weight",)),
+    Rule(_KEPT + "gate.weight", Op.ZEROS),
+    Rule(_KEPT + "o.weight", Op.DOUBLE, (_KEPT + "o.weight",)),
+    Rule(_KDA + "A_log", Op.ZEROS),
+    Rule(_KDA + "dt_bias", Op.BOUNDED_BIAS),
+    Rule(_KDA + "f.weight", Op.ZEROS),
+    Rule(_KDA + "g.weight", Op.ZEROS),
 )
-TRAINED_TARGETS = frozenset(rule.target for rule in RULES if rule.target.startswith((_KDA, _KEPT)))
+_LOW_RANK_GATES = frozenset(_KDA + f"{name}.weight" for name in ("f_a", "f_b", "g_a", "g_b"))
+_REPLACED = frozenset(rule.target for rule in _LING_ALONE) | _LOW_RANK_GATES
+LING_RULES = (*(rule for rule in RULES if rule.target not in _REPLACED), *_LING_ALONE)
+
+# What a calibration gives without gradients: every mixer that is new, and of those that stay the
+# output, and the query where it changes. Training moves all of a mixer.
+
+
+def is_solved(rule: Rule) -> bool:
+    """Tell whether a calibration without gradients gives a rule's target."""
+    return (
+        rule.target.startswith(_KDA)
+        or rule.target == _KEPT + "o.weight"
+        or rule.op is Op.KEEP_QUERY
+    )
+
+
+def is_trained(rule: Rule) -> bool:
+    """Tell whether a calibration with gradients gives a rule's target."""
+    return rule.target.startswith((_KDA, _KEPT))

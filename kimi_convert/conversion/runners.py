@@ -40,6 +40,14 @@ class Runner(Protocol):
         """How many jobs run at once on this machine; 0 where they run elsewhere."""
         ...
 
+    def check(self) -> None:
+        """Refuse, before a fit of minutes, what could not run a job after it.
+
+        Raises:
+            UsageError: what the runner needs is not there.
+        """
+        ...
+
     def run(self, jobs: Sequence[ShardJob], *, on_done: OnDone, on_bytes: OnBytes) -> None:
         """Run every job; `on_done` is called in this process, once for each, in any order.
 
@@ -59,6 +67,9 @@ class OneByOne:
     def workers(self) -> int:
         """One."""
         return 1
+
+    def check(self) -> None:
+        """Need nothing."""
 
     def run(self, jobs: Sequence[ShardJob], *, on_done: OnDone, on_bytes: OnBytes) -> None:
         """Run every job; source files that no later job reads are released after each."""
@@ -86,6 +97,9 @@ class Processes:
     """Runs jobs in processes of this machine, each with one thread for its products."""
 
     workers: int
+
+    def check(self) -> None:
+        """Need nothing."""
 
     def run(self, jobs: Sequence[ShardJob], *, on_done: OnDone, on_bytes: OnBytes) -> None:
         """Run every job in whichever process is free."""

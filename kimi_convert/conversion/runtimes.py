@@ -12,14 +12,18 @@ means sigmoid in srt/layers/moe/topk.py, whatever `moe_router_activation_func` s
 llama.cpp's models/kimi-linear.cpp knows leading dense layers but no frequency, and always scales
 the weights of the chosen experts to a sum of 1; its converter reads `moe_intermediate_size` of
 every model.
+
+Of bailing_hybrid, transformers' models/bailing_hybrid was read and is run by the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kimi_convert.config.architecture import ModelConfig, Scoring
+from kimi_convert.config.bailing_hybrid import BAILING_TYPE
+from kimi_convert.config.kimi_linear import TARGET_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,10 @@ _NOT_RENORMALIZED = _Limit(
 )
 _KDA_ALONE = _Limit("needs at least one MLA layer", lambda config: not config.mla_layers)
 
-_RUNTIMES: tuple[tuple[str, tuple[_Limit, ...]], ...] = (
+_NOT_EXAMINED = _Limit("not examined for this format", lambda _: True)
+
+_Runtimes = tuple[tuple[str, tuple[_Limit, ...]], ...]
+_KIMI_LINEAR: _Runtimes = (
     (
         "transformers (native, 5.23 and later)",
         (_SOFTMAX_ROUTING, _SPARSE_FREQUENCY, _NO_EXPERTS),
@@ -70,12 +77,19 @@ _RUNTIMES: tuple[tuple[str, tuple[_Limit, ...]], ...] = (
     ("mlx-lm", (_LOW_RANK_Q, _NO_EXPERTS, _KDA_ALONE)),
     ("llama.cpp", (_SPARSE_FREQUENCY, _NO_EXPERTS, _NOT_RENORMALIZED)),
 )
+_RUNTIMES: Mapping[str, _Runtimes] = {
+    TARGET_TYPE: _KIMI_LINEAR,
+    BAILING_TYPE: (
+        ("transformers (native, 5.23 and later)", (_LOW_RANK_Q,)),
+        *((name, (_NOT_EXAMINED,)) for name in ("vLLM", "SGLang", "mlx-lm", "llama.cpp")),
+    ),
+}
 
 
 def runtime_support(config: ModelConfig) -> tuple[RuntimeSupport, ...]:
     """Return for every runtime whether it loads a checkpoint of this config."""
     return tuple(
         RuntimeSupport(name, not reasons, reasons)
-        for name, limits in _RUNTIMES
+        for name, limits in _RUNTIMES[config.model_type]
         for reasons in [tuple(limit.reason for limit in limits if limit.holds(config))]
     )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kimi_convert.config.architecture import KdaConfig, ModelConfig, MoeConfig, TopkMethod
+from kimi_convert.config.architecture import (
+    KdaConfig,
+    MlaConfig,
+    ModelConfig,
+    MoeConfig,
+    Scoring,
+    TopkMethod,
+)
+from kimi_convert.config.bailing_hybrid import LOWER_BOUND
 from kimi_convert.config.deepseek import SOURCE_TYPES
-from kimi_convert.config.kimi_linear import TARGET_TYPE
 from kimi_convert.config.output_format import AS_SOURCE, MtpLayers, OutputFormat, TargetDtype
 from kimi_convert.config.quantization import fp8_quantization
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.errors import ConfigError, RecipeError
 
 
@@ -19,11 +27,13 @@ def target_config(
     """Return the hybrid's config. KDA takes as many heads as MLA had, as wide as its values.
 
     Raises:
-        ConfigError: the source is a hybrid already, or has heads or routing that
-            the Kimi-Linear format cannot hold.
+        ConfigError: the source is a hybrid already, or has heads, routing or a rotation that the
+            format cannot hold.
         RecipeError: the recipe keeps layers that the source does not have, or keeps all.
     """
     _check_convertible(source)
+    _check_format(source, recipe.output_format)
+    _check_storage(recipe.output_format, output_format)
     mla = source.mla
     kept = set(recipe.kept_layers(source.num_layers))
     kda_layers = tuple(i for i in range(source.num_layers) if i not in kept)
@@ -38,19 +48,15 @@ def target_config(
     return ModelConfig(
         num_mtp_layers=source.num_mtp_layers if kept_mtp else 0,
         quantization=_quantization(source, output_format),
-        model_type=TARGET_TYPE,
+        model_type=recipe.output_format,
         hidden_size=source.hidden_size,
         num_layers=source.num_layers,
         vocab_size=source.vocab_size,
         intermediate_size=source.intermediate_size,
         rms_norm_eps=source.rms_norm_eps,
         max_positions=source.max_positions,
-        mla=replace(mla, rope=None),
-        kda=KdaConfig(
-            num_heads=mla.num_heads,
-            head_dim=mla.v_head_dim,
-            conv_size=recipe.short_conv_size,
-        ),
+        mla=_target_mla(mla, recipe.output_format),
+        kda=_target_kda(mla, recipe),
         kda_layers=kda_layers,
         moe=_target_moe(source.moe),
         # transformers, vLLM, SGLang and llama.cpp tie nothing in this format: the output matrix is
@@ -61,6 +67,23 @@ def target_config(
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
         pad_token_id=source.pad_token_id,
+    )
+
+
+def _target_mla(mla: MlaConfig, form: TargetFormat) -> MlaConfig:
+    if form is TargetFormat.BAILING_HYBRID:
+        return replace(mla, gated=True)
+    return replace(mla, rope=None)
+
+
+def _target_kda(mla: MlaConfig, recipe: Recipe) -> KdaConfig:
+    ling = recipe.output_format is TargetFormat.BAILING_HYBRID
+    return KdaConfig(
+        num_heads=mla.num_heads,
+        head_dim=mla.v_head_dim,
+        conv_size=recipe.short_conv_size,
+        full_rank_gates=ling,
+        lower_bound=LOWER_BOUND if ling else None,
     )
 
 
@@ -101,4 +124,33 @@ def _check_convertible(source: ModelConfig) -> None:
             expected="topk_method noaux_tc or greedy",
             found=source.moe.topk_method,
             hint="Its loaders rank a group by its two best experts, this model by its best one.",
+        )
+
+
+def _check_format(source: ModelConfig, form: TargetFormat) -> None:
+    """Refuse what Ling-3's config.json has no words for."""
+    if form is not TargetFormat.BAILING_HYBRID:
+        return
+    rope, moe = source.mla.rope, source.moe
+    needs = (
+        (rope is not None and rope.interleaved, "a rotation of neighbouring dims", "halves"),
+        (moe is None or moe.scoring is Scoring.SIGMOID, "routing by sigmoid", "softmax"),
+        (moe is None or moe.layer_freq == 1, "experts in every layer that is not dense", "fewer"),
+    )
+    for holds, expected, found in needs:
+        if not holds:
+            raise ConfigError(
+                f"the {form} format cannot hold this model",
+                expected=expected,
+                found=found,
+                hint=f"Leave the format at {TargetFormat.KIMI_LINEAR}.",
+            )
+
+
+def _check_storage(form: TargetFormat, stored: OutputFormat) -> None:
+    if form is not TargetFormat.KIMI_LINEAR and stored != AS_SOURCE:
+        raise RecipeError(
+            f"the {form} format is written in the source's dtype and without MTP layers",
+            found=f"dtype {stored.dtype}, MTP layers {stored.mtp}",
+            hint=f"Leave out one of both, or write {TargetFormat.KIMI_LINEAR}.",
         )

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 import torch
 
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.bailing_hybrid import LOWER_BOUND
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.rules import Op
 
+_MOST_OF_BOUND = 0.9  # of the fastest decay that a bounded law has
 _TINY = torch.finfo(torch.float32).tiny  # a power below it counts as none
 
 
@@ -142,6 +144,20 @@ def decay_bias(job: Job) -> torch.Tensor:
     return bias.repeat(job.config.mla.num_heads)
 
 
+def bounded_bias(job: Job) -> torch.Tensor:
+    """Return dt_bias for the bounded decay: the same half-lives as `decay_bias`, as far as it goes.
+
+    Inverts g = L sigmoid(exp(A_log) dt_bias) with A_log 0 and L = -5.
+    """
+    shares = _log_rates(job).exp() / -LOWER_BOUND
+    return shares.clamp_max(_MOST_OF_BOUND).logit().repeat(job.config.mla.num_heads)
+
+
+def double(job: Job) -> torch.Tensor:
+    """Return twice the source."""
+    return 2 * job.sources[0]
+
+
 def random(job: Job) -> torch.Tensor:
     """Draw normal weights, seeded by the recipe and the parameter's name, so order is free."""
     seed = hashlib.sha256(f"{job.recipe.seed}:{job.target}".encode()).digest()
@@ -172,6 +188,8 @@ TRANSFORMS: Mapping[Op, Callable[[Job], torch.Tensor]] = {
     Op.SCALE_OUTPUT: scale_output,
     Op.DECAY_RATE: decay_rate,
     Op.DECAY_BIAS: decay_bias,
+    Op.BOUNDED_BIAS: bounded_bias,
+    Op.DOUBLE: double,
     Op.RANDOM: random,
     Op.ZEROS: zeros,
     Op.OUTPUT_GAIN: output_gain,

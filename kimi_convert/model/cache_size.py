@@ -37,11 +37,15 @@ class CacheSize:
 
 def cache_size(config: ModelConfig) -> CacheSize:
     """Return what a model keeps, its MLA layers in their compressed form."""
-    mla, kda = config.mla, config.kda
-    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
-    per_token = len(config.mla_layers) * latent * _VALUE_BYTES
+    kda = config.kda
+    per_token = len(config.mla_layers) * latent_bytes(config)
     if kda is None:
         return CacheSize(per_token, 0)
     state = kda.num_heads * kda.head_dim**2 * _STATE_BYTES
     inputs = 3 * kda.num_heads * kda.head_dim * (kda.conv_size - 1) * _VALUE_BYTES
     return CacheSize(per_token, len(config.kda_layers) * (state + inputs))
+
+
+def latent_bytes(config: ModelConfig) -> int:
+    """Return what one MLA layer keeps of one token: its latent and the shared part of its key."""
+    return (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim) * _VALUE_BYTES

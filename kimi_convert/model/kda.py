@@ -7,6 +7,9 @@
     S_t     = (I - beta k k^T) diag(exp g) S_{t-1} + beta k v^T,  o = K^-1/2 S_t^T q
     y       = W_o (norm(o) * sigmoid(W_gb W_ga x))                      norm per head, then gate
 
+Ling-3 has one matrix W_f for W_fb W_fa, one W_g for W_gb W_ga, and a bounded decay
+g = L sigmoid(exp(A_log) (W_f x + dt_bias)) with L = -5.
+
 Gate, beta, unit norm, state and output norm are fp32. The arithmetic is `kimi_convert.kernels`',
 which fuse what stands between the projections as far as the chosen numerics allow.
 """
@@ -41,7 +44,7 @@ class KdaForm(StrEnum):
 
 
 class KimiDeltaAttention(KernelModule):
-    """The linear-attention mixer of Kimi-Linear."""
+    """The linear-attention mixer of Kimi-Linear and of Ling-3."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, *, dtype: torch.dtype) -> None:
         """Allocate the weights; their values come from a checkpoint."""
@@ -59,13 +62,22 @@ class KimiDeltaAttention(KernelModule):
         self.k_conv = ShortConv(inner, sizes.conv_size, dtype=dtype)
         self.v_conv = ShortConv(inner, sizes.conv_size, dtype=dtype)
         precise = numerics.decay_parameters.resolve(dtype)
-        self.A_log = nn.Parameter(torch.empty(1, 1, sizes.num_heads, 1, dtype=precise))
+        heads = sizes.num_heads
+        # Shapes as the two formats store them.
+        shape = (heads,) if sizes.full_rank_gates else (1, 1, heads, 1)
+        self.A_log = nn.Parameter(torch.empty(shape, dtype=precise))
         self.dt_bias = nn.Parameter(torch.empty(inner, dtype=precise))
-        self.f_a = nn.Linear(width, sizes.head_dim, bias=False, dtype=dtype)
-        self.f_b = nn.Linear(sizes.head_dim, inner, bias=False, dtype=dtype)
-        self.b = nn.Linear(width, sizes.num_heads, bias=False, dtype=dtype)
-        self.g_a = nn.Linear(width, sizes.head_dim, bias=False, dtype=dtype)
-        self.g_b = nn.Linear(sizes.head_dim, inner, bias=False, dtype=dtype)
+        self.b = nn.Linear(width, heads, bias=False, dtype=dtype)
+        self.lower_bound = sizes.lower_bound
+        self.full_rank_gates = sizes.full_rank_gates
+        if sizes.full_rank_gates:
+            self.f = nn.Linear(width, inner, bias=False, dtype=dtype)
+            self.g = nn.Linear(width, inner, bias=False, dtype=dtype)
+        else:
+            self.f_a = nn.Linear(width, sizes.head_dim, bias=False, dtype=dtype)
+            self.f_b = nn.Linear(sizes.head_dim, inner, bias=False, dtype=dtype)
+            self.g_a = nn.Linear(width, sizes.head_dim, bias=False, dtype=dtype)
+            self.g_b = nn.Linear(sizes.head_dim, inner, bias=False, dtype=dtype)
         self.o_norm = OutputNorm(config, numerics, dtype=dtype)
         self.o = nn.Linear(inner, width, bias=False, dtype=dtype)
 
@@ -98,7 +110,7 @@ class KimiDeltaAttention(KernelModule):
             q if self._norm_is_fused else self._unit(q),
             k if self._norm_is_fused else self._unit(k),
             v,
-            self._heads(self.f_b(self.f_a(x))),  # [B, T, H, K]
+            self._heads(self._decay_logits(x)),  # [B, T, H, K]
             beta if self._sigmoid_is_fused else beta.sigmoid(),
             gate=self.gate_law(),
             qk_norm=self._norm_is_fused,
@@ -111,7 +123,7 @@ class KimiDeltaAttention(KernelModule):
             cache.q_conv = q_conv.detach()
             cache.k_conv = k_conv.detach()
             cache.v_conv = v_conv.detach()
-        gate = self._heads(self.g_b(self.g_a(x)))
+        gate = self._heads(self._gate_logits(x))
         return self.o(self.o_norm(mixed, gate).flatten(2))  # [B, T, H, V] -> [B, T, D]
 
     def _takes_step(self, x: torch.Tensor, cache: KdaCache, form: KdaForm) -> bool:
@@ -137,9 +149,9 @@ class KimiDeltaAttention(KernelModule):
             self.q(x),
             self.k(x),
             self.v(x),
-            self.f_b(self.f_a(x)),
+            self._decay_logits(x),
             self.b(x),
-            output_gate=self.g_b(self.g_a(x)),
+            output_gate=self._gate_logits(x),
             conv_weights=self._conv_weights(),
             conv_states=(cache.q_conv, cache.k_conv, cache.v_conv),
             state=cache.state,
@@ -166,8 +178,20 @@ class KimiDeltaAttention(KernelModule):
     def gate_law(self) -> Gate:
         """Return the law of the decay with this layer's parameters."""
         return Gate(
-            A_log=self.A_log.flatten(), dt_bias=self.dt_bias.unflatten(0, (self.num_heads, -1))
+            A_log=self.A_log.flatten(),
+            dt_bias=self.dt_bias.unflatten(0, (self.num_heads, -1)),
+            lower_bound=self.lower_bound,
         )
+
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the natural log of the decay [B, T, H, K] on inputs x [B, T, D], in torch."""
+        return self.gate_law().log_decay(self._heads(self._decay_logits(x)))
+
+    def _decay_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.f(x) if self.full_rank_gates else self.f_b(self.f_a(x))  # [..., P]
+
+    def _gate_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.g(x) if self.full_rank_gates else self.g_b(self.g_a(x))  # [..., P]
 
     def _conv_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q_conv.weight, self.k_conv.weight, self.v_conv.weight

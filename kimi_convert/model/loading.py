@@ -24,6 +24,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.kernels.backend import Backend, resolve_backend
 from kimi_convert.model.backend import use_backend
+from kimi_convert.model.bailing_hybrid import BailingHybrid
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.kimi_linear import KimiLinear
 from kimi_convert.model.language_model import Head
@@ -33,13 +34,15 @@ from kimi_convert.model.names.layout import match_checkpoint
 from kimi_convert.model.norm import RmsNorm
 from kimi_convert.model.numerics import SERVED, Numerics
 
+Model = KimiLinear | MlaTransformer | BailingHybrid
 # A layer of 256 experts has gigabytes, which would be resident twice: as pages and as its copy.
 _MAPPED_BYTES = 256 * 1024 * 1024
-_MODELS: Mapping[str, type[KimiLinear | MlaTransformer]] = {
+_MODELS: Mapping[str, type[Model]] = {
     "deepseek_v2": MlaTransformer,
     "deepseek_v3": MlaTransformer,
     "kimi_k2": MlaTransformer,
     "kimi_linear": KimiLinear,
+    "bailing_hybrid": BailingHybrid,
 }
 
 
@@ -50,7 +53,7 @@ def load_model(
     device: torch.device | str = "cpu",
     numerics: Numerics = SERVED,
     backend: Backend | str | None = None,
-) -> KimiLinear | MlaTransformer:
+) -> Model:
     """Load a whole checkpoint. Its parameters are frozen: unfreeze what is to be trained.
 
     Args:
@@ -147,7 +150,7 @@ class LayerLoader:
         self._fill(head, "embed." if self.config.tie_word_embeddings else "head.")
         return head
 
-    def whole_model(self) -> KimiLinear | MlaTransformer:
+    def whole_model(self) -> Model:
         """Load everything."""
         with _Unfilled(), torch.device("meta"):
             model = _MODELS[self.config.model_type](self.config, self.numerics, dtype=self.dtype)

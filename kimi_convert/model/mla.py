@@ -7,7 +7,7 @@
     o_t   = sum_s softmax_s(scale q_t . [k_s ; k_r,s]) v_s
 
 With `rope` None (Kimi-Linear, arXiv 2510.26692, section 4: NoPE) nothing rotates and the rope dims
-are plain shared dims. Softmax is fp32. In shapes: H heads, R latent, n nope, r rope, S tokens seen.
+are plain shared dims. Ling-3 multiplies o_t of each head by sigmoid(w_h . x_t). Softmax is fp32. In shapes: H heads, R latent, n nope, r rope, S tokens seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.model.cache import MlaCache
 from kimi_convert.model.norm import RmsNorm
-from kimi_convert.model.numerics import Numerics
+from kimi_convert.model.numerics import Numerics, wide
 from kimi_convert.model.rope import Rotation, rotate, rotation_at
 
 # Queries per step where a mask is needed: bounds the mask at 512 S values instead of T S.
@@ -27,7 +27,7 @@ _MASKED_QUERIES = 512
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """The full-attention mixer of both model families."""
+    """The full-attention mixer of all model families."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics, *, dtype: torch.dtype) -> None:
         """Allocate the weights; their values come from a checkpoint."""
@@ -48,6 +48,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a = nn.Linear(width, kv_a_width, bias=False, dtype=dtype)
         self.kv_a_norm = RmsNorm(sizes.kv_lora_rank, eps=eps, dtype=dtype)
         self.kv_b = nn.Linear(sizes.kv_lora_rank, kv_b_width, bias=False, dtype=dtype)
+        if sizes.gated:
+            self.gate = nn.Linear(width, sizes.num_heads, bias=False, dtype=dtype)
         self.o = nn.Linear(sizes.num_heads * sizes.v_head_dim, width, bias=False, dtype=dtype)
 
     def forward(self, x: torch.Tensor, cache: MlaCache | None = None) -> torch.Tensor:
@@ -71,6 +73,9 @@ class MultiHeadLatentAttention(nn.Module):
             mixed = self._attend_absorbed(q, latents)
         else:
             mixed = self._attend(q, latents)
+        if self.sizes.gated:
+            gate = self.gate(x).to(wide(x.dtype)).sigmoid()  # [B, T, H]
+            mixed = mixed * gate.to(mixed.dtype).unsqueeze(-1)
         return self.o(mixed.flatten(2))  # [B, T, H, V] -> [B, T, D]
 
     def expanded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

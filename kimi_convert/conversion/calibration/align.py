@@ -23,11 +23,21 @@ _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _DIVERGED = 4.0  # times the first loss, on average over as many steps as the next says
 _AVERAGED = 10
+_NOTHING_TO_GAIN = 1e-6  # a relative squared error; bf16 weights alone make about 1e-5
 
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
 # is a logarithm. Chosen on calibration text of the bundled checkpoint.
 _OWN_RMS = 16.0
-_ABSOLUTE = {"A_log": 4.0, "dt_bias": 4.0, "f_b.weight": 1.0, "g_b.weight": 1.0}
+_ABSOLUTE = {
+    "A_log": 4.0,
+    "dt_bias": 4.0,
+    "f_b.weight": 1.0,
+    "g_b.weight": 1.0,
+    # Of Ling-3, on all dims of the input instead of a few strong directions: a guess.
+    "f.weight": 0.25,
+    "g.weight": 0.25,
+    "gate.weight": 0.25,
+}
 _OF_OWN_RMS = {
     "q_conv.weight": 2.0,
     "k_conv.weight": 2.0,
@@ -71,7 +81,7 @@ def align_mixer(
     *,
     seed: int,
 ) -> Trained:
-    """Train a mixer in place.
+    """Train a mixer in place; one that is on its target already is left alone.
 
     Args:
         student: its parameters change.
@@ -96,12 +106,16 @@ def align_mixer(
             values = {name: one.value for name, one in parameters.items()}
             found = functional_call(student.module, values, (x[rows],)) @ output.value
             loss = (found - y[rows]).square().sum() / y[rows].square().sum()
+            now = float(loss.detach())
+            if not losses and now < _NOTHING_TO_GAIN:
+                # A layer that stays as it was: steps of a fixed size would only lead away.
+                return Trained(losses=(now, now), tokens=0)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(leaves, _CLIP)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss.detach()))
+            losses.append(now)
             drawn += len(rows) * x.shape[1]
             _check(losses, recipe)
     for name, parameter in student.module.named_parameters():

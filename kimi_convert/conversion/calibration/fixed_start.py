@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kimi_convert.config.architecture import KdaConfig
 from kimi_convert.conversion.calibration.mixer import KdaWeights
 from kimi_convert.conversion.calibration.statistics import LayerStatistics
 
@@ -18,9 +19,14 @@ class LayerGiven:
     layer: LayerStatistics
     x: torch.Tensor  # [N, T, D], normalised inputs
     y: torch.Tensor  # [N, T, D], outputs of the mixer
-    conv_size: int
+    kda: KdaConfig  # of the hybrid
     rms_norm_eps: float  # of the new mixer's output norm
     generator: torch.Generator
+
+    @property
+    def conv_size(self) -> int:
+        """Taps of the short convolutions."""
+        return self.kda.conv_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

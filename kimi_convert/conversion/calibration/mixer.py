@@ -23,6 +23,7 @@ from kimi_convert.kernels.short_conv import short_conv
 # What keeps both ends of softplus^-1 in fp32's range: a channel that never forgets within 10^6
 # tokens, and one that forgets nine tenths of everything with each token.
 _LEAST_RATE, _MOST_RATE = 7e-7, 4.5
+_MOST_OF_BOUND = 0.9  # of the fastest decay that a bounded law has
 OUTPUT_NORM_WEIGHT = 2.0
 
 
@@ -135,10 +136,40 @@ def _lookup(kept: _Kept, name: str, made_from: tuple[torch.Tensor, ...]) -> torc
     return result if same else None
 
 
+def to_full_rank(
+    made: Mapping[str, torch.Tensor],
+    weights: KdaWeights,
+    gate_rows: torch.Tensor | None,
+    *,
+    lower_bound: float,
+) -> dict[str, torch.Tensor]:
+    """Return a mixer's parameters for a bounded decay and gates that are one matrix each.
+
+    Args:
+        made: what `to_parameters` gives.
+        weights: the mixer.
+        gate_rows: [H V, D] of the output gate; None for the weights' own, the same in all of a
+            head's values.
+        lower_bound: of the log decay: rate = -L sigmoid(exp(A_log) dt_bias), with A_log 0.
+    """
+    low_rank = {"kda.f_a.weight", "kda.f_b.weight", "kda.g_a.weight", "kda.g_b.weight"}
+    heads, value_dim, width = weights.v.shape
+    shares = weights.rates.clamp_min(_LEAST_RATE) / -lower_bound
+    if gate_rows is None:
+        gate_rows = weights.gate.repeat_interleave(value_dim, 0)
+    return {
+        **{name: value for name, value in made.items() if name not in low_rank},
+        "kda.A_log": weights.rates.new_zeros(heads),
+        "kda.dt_bias": shares.clamp_max(_MOST_OF_BOUND).logit().flatten(),
+        "kda.f.weight": weights.rates.new_zeros(weights.rates.numel(), width),
+        "kda.g.weight": gate_rows,
+    }
+
+
 def to_parameters(
     weights: KdaWeights, output: torch.Tensor, directions: torch.Tensor
 ) -> Mapping[str, torch.Tensor]:
-    """Return the mixer under the names and in the shapes of the target format, fp32.
+    """Return the mixer under the names and in the shapes of Kimi-Linear, fp32.
 
     Args:
         weights: the mixer.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
 
 from kimi_convert.conversion.calibration.outcome import Outcome
+
+_FIRST_BASIS = "copied"  # what a search starts from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +22,11 @@ class LayerFit:
     kl_as_kda: float  # nats per token, with this layer alone converted
     kl_as_mla: float  # the same with this layer alone folded
     error: float  # of the mixer's output in the student's stream, validation tokens
+    cosine: float  # of the angle between it and its target there
+    norm_ratio: float  # its length over the target's
+    half_life: float | None  # tokens; the median over heads of their medians, None where MLA
+    beta: float | None  # the mean over heads
+    bases: Mapping[str, int]  # that the search chose for q and k -> in how many heads
     output: str  # which output matrix is used: "solved" unless it did harm
     search: Mapping[str, object] = field(repr=False)  # what the search noted
     solved: Mapping[str, object] = field(repr=False)  # what the second pass noted
@@ -28,9 +38,44 @@ class LayerFit:
             "mixer": self.mixer,
             "kl_as_kda": self.kl_as_kda,
             "kl_as_mla": self.kl_as_mla,
+            "error": self.error,
+            "cosine": self.cosine,
+            "norm_ratio": self.norm_ratio,
+            "half_life": self.half_life,
+            "beta": self.beta,
+            "bases": dict(self.bases),
             "search": dict(self.search),
             "solved": dict(self.solved),
         }
+
+
+def layer_fit(
+    layer_idx: int,
+    *,
+    kl_as_kda: float,
+    kl_as_mla: float,
+    search: Mapping[str, Any],
+    solved: Mapping[str, Any],
+) -> LayerFit:
+    """Return a layer's report of what both passes noted; their values are what JSON gave."""
+    choices: list[dict[str, str]] = search.get("choices", [])
+    half_lives: list[list[float]] = solved.get("half_lives", [])
+    beta: list[float] = solved.get("beta", [])
+    return LayerFit(
+        layer_idx=layer_idx,
+        mixer=solved["mixer"],
+        kl_as_kda=kl_as_kda,
+        kl_as_mla=kl_as_mla,
+        error=solved["error"],
+        cosine=solved["cosine"],
+        norm_ratio=solved["norm_ratio"],
+        half_life=median(head[1] for head in half_lives) if half_lives else None,
+        beta=fmean(beta) if beta else None,
+        bases=dict(Counter(head.get("basis", _FIRST_BASIS) for head in choices).most_common()),
+        output=solved["output"],
+        search=search,
+        solved=solved,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,12 @@ from kimi_convert.conversion.calibration.choice import (
 from kimi_convert.conversion.calibration.distill import DistillInput, Hybrid, distill, outcome_from
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.outcome import Outcome
-from kimi_convert.conversion.calibration.report import CalibrationReport, KeptSet, LayerFit
+from kimi_convert.conversion.calibration.report import (
+    CalibrationReport,
+    KeptSet,
+    LayerFit,
+    layer_fit,
+)
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
     fitted_name,
@@ -203,18 +208,12 @@ def _latest(store: CalibrationStore, layer_idx: int) -> str:
 
 
 def _layer_fit(layer_idx: int, study: Study, store: CalibrationStore) -> LayerFit:
-    solved = store.record(fitted_name(layer_idx))
-    error = solved["error"]
-    assert isinstance(error, float)
-    return LayerFit(
-        layer_idx=layer_idx,
-        mixer=str(solved["mixer"]),
+    return layer_fit(
+        layer_idx,
         kl_as_kda=study.kl_as_kda[layer_idx],
         kl_as_mla=study.kl_as_mla[layer_idx],
-        error=error,
-        output=str(solved["output"]),
         search=store.record(part_name(layer_idx)),
-        solved=solved,
+        solved=store.record(fitted_name(layer_idx)),
     )
 
 

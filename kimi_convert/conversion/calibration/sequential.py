@@ -21,6 +21,7 @@ from kimi_convert.config.calibration import AlignRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.align import align_mixer
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.dynamics import dynamics_of
 from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.outputs import solve_output
@@ -30,6 +31,7 @@ from kimi_convert.conversion.calibration.students import (
     KdaStudent,
     MlaStudent,
     Student,
+    kept_output,
     kept_parameters,
 )
 from kimi_convert.conversion.calibration.study import part_name
@@ -134,6 +136,7 @@ class _Solver:
                 "mixer": student.prefix[:-1],
                 **solved.to_record(),
                 "stream_error": stream_error,
+                **dynamics_of(student, x[rows:]),
                 **aligned,
             },
         )
@@ -151,7 +154,7 @@ class _Solver:
         if student.prefix == "kda.":
             return searched["kda.o.weight"].T
         assert self.layer.mla is not None
-        return self.layer.mla.o.weight.float().T
+        return kept_output(self.given.config, self.layer.mla)
 
 
 def _without_output(
@@ -165,6 +168,6 @@ def _without_output(
     if layer_idx in given.config.kda_layers:
         return KdaStudent(given.config, {name: value.to(device) for name, value in part.items()})
     lags = part["lags"].to(device) if given.fold and "lags" in part else None
-    kept = kept_parameters(layer.mla, lags)
+    kept = kept_parameters(given.config, layer.mla, lags)
     fitted = {name: value.to(device) for name, value in part.items() if name in kept}
     return MlaStudent(given.config, {**kept, **fitted})

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.architecture import KdaConfig, ModelConfig
 from kimi_convert.config.calibration import InitMethod
 from kimi_convert.conversion.calibration import floors, peers
 from kimi_convert.conversion.calibration.fixed_start import FixedMethod, LayerGiven
 from kimi_convert.conversion.calibration.gate import strongest_directions
-from kimi_convert.conversion.calibration.mixer import KdaWeights, to_parameters
+from kimi_convert.conversion.calibration.mixer import KdaWeights, to_full_rank, to_parameters
 from kimi_convert.conversion.calibration.search import search_mixer
 from kimi_convert.conversion.calibration.statistics import LayerStatistics
 
@@ -53,7 +53,7 @@ def start_of(method: InitMethod, *, seed: int) -> Start:
             layer=layer,
             x=x,
             y=y,
-            conv_size=config.kda.conv_size,
+            kda=config.kda,
             rms_norm_eps=config.rms_norm_eps,
             generator=torch.Generator().manual_seed(1_000_003 * seed + layer_idx),
         )
@@ -81,24 +81,31 @@ def _searched(
         "passes": found.passes,
         "choices": [dict(choices) for choices in found.choices],
     }
-    return StartResult(_parameters(found.weights, found.directions), record)
+    return StartResult(_parameters(found.weights, found.directions, config.kda), record)
 
 
 def fixed_parameters(given: LayerGiven, method: FixedMethod) -> Mapping[str, torch.Tensor]:
     """Return the parameters of a start that searches nothing."""
     start = method(given)
     directions = strongest_directions(given.layer, num=start.weights.q.shape[1])
-    parameters = dict(_parameters(start.weights, directions))
-    if start.gate_rows is not None:
+    parameters = _parameters(start.weights, directions, given.kda, start.gate_rows)
+    if start.gate_rows is not None and not given.kda.full_rank_gates:
         # The directions are uncorrelated and of unit power: these are least squares on x.
         parameters["kda.g_b.weight"] = start.gate_rows @ given.layer.covariance @ directions.T
     return parameters
 
 
-def _parameters(weights: KdaWeights, directions: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def _parameters(
+    weights: KdaWeights,
+    directions: torch.Tensor,
+    kda: KdaConfig,
+    gate_rows: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
     heads, value_dim, width = weights.v.shape
     unsolved = weights.v.new_zeros(heads * value_dim, width)
     made = to_parameters(weights, unsolved, directions)
+    if kda.lower_bound is not None:
+        made = to_full_rank(made, weights, gate_rows, lower_bound=kda.lower_bound)
     return {name: value for name, value in made.items() if name != "kda.o.weight"}
 
 

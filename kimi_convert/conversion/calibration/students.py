@@ -112,20 +112,33 @@ class MlaStudent:
 
 
 def kept_parameters(
-    teacher: MultiHeadLatentAttention, lags: torch.Tensor | None
+    config: ModelConfig, teacher: MultiHeadLatentAttention, lags: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Return a layer's mixer as it stays, its output matrix left out.
 
     Args:
+        config: of the hybrid.
         teacher: the layer's mixer.
-        lags: [H, T] to fold the rotation by; None to drop what rotates.
+        lags: [H, T] to fold the rotation by; None to drop what rotates. For a hybrid that rotates,
+            neither is done.
     """
     kept: dict[str, torch.Tensor] = {
         f"mla.{name}": value for name, value in teacher.named_parameters() if name != "o.weight"
     }
+    if config.mla.gated:
+        kept["mla.gate.weight"] = teacher.o.weight.new_zeros(
+            config.mla.num_heads, config.hidden_size
+        )
+    if config.mla.rope is not None:
+        return kept
     query = "mla.q.weight" if teacher.sizes.q_lora_rank is None else "mla.q_b.weight"
     kept[query] = _fold_or_drop(kept[query], lags, teacher)
     return kept
+
+
+def kept_output(config: ModelConfig, teacher: MultiHeadLatentAttention) -> torch.Tensor:
+    """Return the output matrix [F, D] of a layer that stays: doubled under a gate of one half."""
+    return teacher.o.weight.float().T * (2 if config.mla.gated else 1)
 
 
 def _fold_or_drop(

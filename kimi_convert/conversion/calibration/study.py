@@ -34,6 +34,7 @@ from kimi_convert.conversion.calibration.students import (
     KdaStudent,
     MlaStudent,
     Student,
+    kept_output,
     kept_parameters,
 )
 from kimi_convert.model.block import DecoderLayer
@@ -141,8 +142,8 @@ def future(
         parameters = {name: value.to(device) for name, value in part.items() if name != "lags"}
         return KdaStudent(given.config, parameters), parameters["kda.o.weight"].T
     lags = part["lags"].to(device) if given.fold else None
-    student = MlaStudent(given.config, kept_parameters(layer.mla, lags))
-    return student, layer.mla.o.weight.float().T
+    student = MlaStudent(given.config, kept_parameters(given.config, layer.mla, lags))
+    return student, kept_output(given.config, layer.mla)
 
 
 def _fit_layer(

@@ -19,9 +19,10 @@ from kimi_convert.checkpoints.messages import sized
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.bailing_hybrid import BAILING_TYPE
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
-from kimi_convert.errors import CheckpointError, OutputError
+from kimi_convert.errors import CheckpointError, ConfigError, OutputError
 from kimi_convert.exporters.onnx.copied_weights import DATA_FILE, CopiedWeights, PlannedBytes
 from kimi_convert.exporters.onnx.genai import GENAI_CONFIG_FILE, genai_config, genai_runs
 from kimi_convert.exporters.onnx.graph import build_model
@@ -111,6 +112,14 @@ class _Job:
 
 def _open(checkpoint: Path, options: OnnxOptions) -> _Job:
     config = read_config(checkpoint)
+    if config.model_type == BAILING_TYPE:
+        raise ConfigError(
+            "this format is not exported to ONNX yet",
+            where=checkpoint,
+            expected="kimi_linear or a teacher of one",
+            found=config.model_type,
+            hint="Convert to kimi_linear instead.",
+        )
     if config.quantization is not None:
         raise CheckpointError(
             "quantised checkpoints are not supported yet",

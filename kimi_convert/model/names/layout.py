@@ -27,7 +27,7 @@ from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight, read_weights
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.quantization import read_quantization
-from kimi_convert.model.names import deepseek, kimi_linear
+from kimi_convert.model.names import bailing_hybrid, deepseek, kimi_linear
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
@@ -36,6 +36,7 @@ _TABLES: dict[str, tuple[tuple[Name, ...], tuple[Drop, ...]]] = {
     "deepseek_v3": (deepseek.NAMES, deepseek.DROPS),
     "kimi_k2": (deepseek.NAMES, deepseek.DROPS),
     "kimi_linear": (kimi_linear.NAMES, kimi_linear.DROPS),
+    "bailing_hybrid": (bailing_hybrid.NAMES, bailing_hybrid.DROPS),
 }
 
 
@@ -191,6 +192,7 @@ def _axes(config: ModelConfig) -> dict[str, int]:
         "kv_latent": mla.kv_lora_rank,
         "kv_a": mla.kv_lora_rank + mla.qk_rope_head_dim,
         "kv_b": mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+        "mla_heads": mla.num_heads,
         "attention": mla.num_heads * mla.v_head_dim,
         "kda_heads": kda_heads,
         "kda_head_dim": kda_head_dim,

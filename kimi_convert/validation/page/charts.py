@@ -167,7 +167,7 @@ def _memory(data: ReportData) -> Chart:
     return Chart(
         key="memory-by-context",
         title="State and cache by context length",
-        note=f"Bytes for one sequence: KDA states in fp32, MLA latents in {data.memory_dtype}.",
+        note="Bytes for one sequence: KDA states in fp32, MLA latents in bf16.",
         x_label="tokens of context",
         y_label="bytes",
         series=(

@@ -37,7 +37,6 @@ class ReportData:
     layers: tuple[LayerRow, ...]
     provenance: Mapping[str, str]  # empty without conversion.json
     memory: tuple[MemoryPoint, ...]
-    memory_dtype: str  # of what MLA layers keep
     parity: ParityReport
     text: TextSample | None
     quality: QualityReport | None
@@ -73,7 +72,6 @@ def report_data(
         layers=tuple(_layer_map(config, record)),
         provenance=_provenance(record),
         memory=memory_by_context(config),
-        memory_dtype=config.dtype,
         parity=parity,
         text=text,
         quality=quality,

@@ -61,7 +61,10 @@ def test_unknown_architecture_is_refused_with_those_that_are_known(model_type):
         parse_config({"model_type": model_type})
     error = caught.value
     assert "'model_type'" in error.message
-    assert error.expected == "deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, kimi_linear, kimi_vl"
+    assert (
+        error.expected
+        == "bailing_hybrid, deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, kimi_linear, kimi_vl"
+    )
     assert error.found.isprintable()
     assert error.where == "config.json"
 

@@ -46,6 +46,7 @@ DEFAULTS = {
     "v_rms": 0.3,
     "half_life_tokens": [0.3, 10.0],
     "output_scale": 0.4,
+    "output_format": "kimi_linear",
     "seed": 0,
 }
 

@@ -14,6 +14,7 @@ from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.calibration import AlignRecipe, CalibrationRecipe
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion import engine
 from kimi_convert.conversion.aligned import AlignRequest, align_checkpoint
 from kimi_convert.conversion.calibration import align, outputs, realign
@@ -59,10 +60,10 @@ def pair(tmp_path):
     return make_pair(tmp_path)
 
 
-def make_pair(tmp_path, **fields):
+def make_pair(tmp_path, recipe=None, **fields):
     teacher = write_tiny_checkpoint(tmp_path / "teacher", tiny_config("deepseek_v3", **fields))
     student = tmp_path / "hybrid"
-    engine.convert_checkpoint(teacher, student, recipe=Recipe())
+    engine.convert_checkpoint(teacher, student, recipe=recipe or Recipe())
     return teacher, student
 
 
@@ -88,7 +89,15 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("targets", Targets)
-@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 20}], ids=["full-q", "low-rank-q"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"q_lora_rank": 20},
+        {"recipe": Recipe(output_format=TargetFormat.BAILING_HYBRID), "rms_norm_eps": 1e-6},
+    ],
+    ids=["full-q", "low-rank-q", "bailing_hybrid"],
+)
 def test_aligned_hybrid_is_nearer_and_as_near_as_the_report_says(tmp_path, text, targets, fields):
     teacher, student = make_pair(tmp_path, **fields)
     request = request_of(text, targets=targets)
@@ -207,6 +216,14 @@ def test_two_of_a_kind_are_refused(tmp_path, pair, text):
         align_checkpoint(teacher, teacher, tmp_path / "out", request=request_of(text))
     with pytest.raises(ConfigError, match="cannot be converted"):
         align_checkpoint(student, student, tmp_path / "out", request=request_of(text))
+
+
+def test_hybrid_whose_storage_would_be_lost_is_refused(tmp_path, pair, text):
+    teacher, student = pair
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    with pytest.raises(ConfigError, match="as it is stored"):
+        align_checkpoint(teacher, student, tmp_path / "out", request=request_of(text))
 
 
 @pytest.mark.parametrize("inside", ["teacher", "hybrid"])

@@ -11,7 +11,8 @@ import pytest
 
 from kimi_convert.conversion import fitted
 from kimi_convert.conversion.fitted import convert_checkpoint, work_folder
-from kimi_convert.errors import CalibrationError, OutputError, ResourceError
+from kimi_convert.conversion.ray_cluster import RayCluster
+from kimi_convert.errors import CalibrationError, OutputError, ResourceError, UsageError
 from tests.integration.broken import good_source
 
 
@@ -51,6 +52,17 @@ def failing_fit(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(fitted, "calibrate", calibrate)
+
+
+def test_cluster_that_is_not_there_is_missed_before_the_fit(source, tmp_path, monkeypatch):
+    def refuse(address):
+        raise UsageError("there is no Ray cluster to run on")
+
+    failing_fit(monkeypatch, AssertionError("the fit was begun"))
+    monkeypatch.setattr("kimi_convert.conversion.ray_cluster._connected", refuse)
+    with pytest.raises(UsageError):
+        convert_checkpoint(source, tmp_path / "out", runner=RayCluster())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_fit_that_its_input_rules_out_leaves_nothing(source, tmp_path, monkeypatch):

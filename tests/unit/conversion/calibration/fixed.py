@@ -45,7 +45,7 @@ def planted(tmp_path):
         layer=layer_statistics(teacher, x),
         x=x,
         y=teacher(x),
-        conv_size=4,
+        kda=target_config(CONFIG, Recipe()).kda,
         rms_norm_eps=1e-5,
         generator=torch.Generator().manual_seed(0),
     )

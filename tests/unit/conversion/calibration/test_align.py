@@ -80,3 +80,11 @@ def test_loss_that_grows_ends_it_and_changes_nothing(layer, student):
     with pytest.raises(VerificationError, match="alignment diverges"):
         align(student, x, y, learning_rate=1.0)
     assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
+
+
+def test_mixer_that_is_on_its_target_is_left_alone(layer, student):
+    before = values_of(student)
+    x = layer.given.x
+    note = align(student, x, student.features(x) @ matrix())
+    assert note.tokens == 0
+    assert all(torch.equal(before[name], value) for name, value in student.parameters().items())

@@ -20,6 +20,7 @@ from kimi_convert.config.calibration import (
 )
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.calibration import align, distill, moves, outputs, search
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
@@ -116,12 +117,15 @@ def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text):
         {"first_k_dense_replace": 4},
         {"dtype": "bfloat16"},
         {"tie_word_embeddings": True},
+        {"ling": True},
     ],
-    ids=["moe", "low-rank-q", "dense", "bf16", "tied"],
+    ids=["moe", "low-rank-q", "dense", "bf16", "tied", "bailing_hybrid"],
 )
 def test_fitted_checkpoint_is_whole_and_computes_the_same_in_every_form(tmp_path, text, fields):
+    form = TargetFormat.BAILING_HYBRID if fields.pop("ling", False) else TargetFormat.KIMI_LINEAR
     source = source_of(tmp_path, **fields)
-    result = convert(source, tmp_path / "hybrid", text)
+    recipe = recipe_of(output_format=form)
+    result = convert(source, tmp_path / "hybrid", text, recipe=recipe)
     checks = frozenset({Check.VALUES, Check.HASHES, Check.CONSISTENCY})
     report = validate_checkpoint(
         result.output, options=ValidationOptions(checks=checks, consistency_tokens=32)
@@ -140,6 +144,14 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
     for layer in document["layers"]:
         assert layer["kl_as_kda"] > 0
         assert layer["kl_as_mla"] > 0
+        assert 0 < layer["error"] < 1
+        # A least-squares solution is as long as its angle to the target says, on its own tokens.
+        assert 0 < layer["cosine"] <= 1
+        assert layer["norm_ratio"] > 0
+        assert layer["solved"]["stream_error"] > 0
+        assert (layer["half_life"] is None) == (layer["mixer"] == "mla")
+        assert layer["beta"] is None or 0 < layer["beta"] < 1
+        assert sum(layer["bases"].values()) == 4
     assert document["compared"][0]["kept"] == [3]
     best = min(document["compared"], key=lambda one: one["kl"])
     assert document["kept"] == best["kept"]
@@ -302,10 +314,21 @@ def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, repeat
 
 
 @pytest.mark.parametrize("trained", ["solved", "aligned", "distilled"])
-@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 20}], ids=["full-q", "low-rank-q"])
-def test_written_checkpoint_is_as_near_as_the_report_says(tmp_path, repeated, trained, fields):
+@pytest.mark.parametrize(
+    ("form", "fields"),
+    [
+        (TargetFormat.KIMI_LINEAR, {}),
+        (TargetFormat.KIMI_LINEAR, {"q_lora_rank": 20}),
+        (TargetFormat.BAILING_HYBRID, {"rms_norm_eps": 1e-6}),
+    ],
+    ids=["full-q", "low-rank-q", "bailing_hybrid"],
+)
+def test_written_checkpoint_is_as_near_as_the_report_says(
+    tmp_path, repeated, trained, form, fields
+):
     recipes = {"solved": recipe_of(), "aligned": recipe_of(steps=30), "distilled": distilled()}
-    recipe, source = recipes[trained], source_of(tmp_path, **fields)
+    recipe = replace(recipes[trained], output_format=form)
+    source = source_of(tmp_path, **fields)
     result = convert(source, tmp_path / "out", repeated, recipe=recipe)
     assert result.fit is not None
     assert result.fit.distilled is None or result.fit.distilled["taken"]

@@ -53,7 +53,7 @@ def test_kept_layer_changes_its_query_alone(tmp_path, kind, folded):
     config = target_config(TYPES[kind], Recipe())
     sizes = teacher.sizes
     lags = torch.rand(sizes.num_heads, 5)
-    student = MlaStudent(config, kept_parameters(teacher, lags if folded else None))
+    student = MlaStudent(config, kept_parameters(config, teacher, lags if folded else None))
     name = "mla.q.weight" if sizes.q_lora_rank is None else "mla.q_b.weight"
     query = student.parameters()[name]
     before = teacher.q.weight if sizes.q_lora_rank is None else teacher.q_b.weight
@@ -70,8 +70,10 @@ def test_kept_layer_changes_its_query_alone(tmp_path, kind, folded):
 
 def test_fitted_parameters_are_taken_over(tmp_path):
     teacher = mla_layer(tmp_path, TYPES["full-q"])
-    fitted = {name: torch.randn_like(v) for name, v in kept_parameters(teacher, None).items()}
-    student = MlaStudent(target_config(TYPES["full-q"], Recipe()), fitted)
+    config = target_config(TYPES["full-q"], Recipe())
+    kept = kept_parameters(config, teacher, None)
+    fitted = {name: torch.randn_like(value) for name, value in kept.items()}
+    student = MlaStudent(config, fitted)
     assert student.parameters().keys() == fitted.keys()
     for name, value in student.parameters().items():
         assert torch.equal(value, fitted[name])
