@@ -48,6 +48,7 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, object
                 "cp_seconds": copied.seconds,
                 "convert_seconds": converted.seconds,
                 "ratio": copied.seconds / converted.seconds,
+                "convert_processor_seconds": converted.processor_seconds,
                 "peak_bytes": converted.peak_bytes,
             }
         )
