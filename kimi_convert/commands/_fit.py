@@ -48,8 +48,8 @@ def _layers(fit: CalibrationReport) -> Table:
         (
             str(layer.layer_idx),
             layer.mixer.upper(),
-            f"{layer.kl_as_kda:.4f}",
-            f"{layer.kl_as_mla:.4f}",
+            f"{max(layer.kl_as_kda, 0.0):.4f}",  # rounding can leave it below 0
+            f"{max(layer.kl_as_mla, 0.0):.4f}",
             f"{layer.error:.3f}",
             f"{layer.cosine:.3f}",
             f"{layer.norm_ratio:.3f}",

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.bailing_hybrid import BAILING_TYPE
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
-from kimi_convert.errors import UsageError
+from kimi_convert.errors import ConfigError, UsageError
 from kimi_convert.model.numerics import SERVED, Numerics
 from kimi_convert.validation.environment import this_environment
 from kimi_convert.validation.options import ValidationOptions
@@ -104,6 +105,7 @@ def compare_implementations(
     """
     checkpoint = Path(checkpoint)
     config = read_config(checkpoint)
+    _check_stages_known(config, checkpoint)
     tokens = _tokens(checkpoint, config, text=text, options=options)
     runners = [
         runner
@@ -173,6 +175,17 @@ def _tokens(
         options=sizes,
     )
     return leading_tokens(sample, sizes)
+
+
+def _check_stages_known(config: ModelConfig, checkpoint: Path) -> None:
+    """Refuse a model whose gates have no stages in the table."""
+    if config.model_type == BAILING_TYPE:
+        raise ConfigError(
+            "this format is not compared by parity yet",
+            where=checkpoint,
+            expected="kimi_linear or a teacher of one",
+            found=config.model_type,
+        )
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import ConfigError, RecipeError
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.names import bailing_hybrid, deepseek
+from tests.integration.command_line import run_here
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 LING = Recipe(output_format=TargetFormat.BAILING_HYBRID)
@@ -151,3 +152,12 @@ def test_whole_hybrid_runs(tmp_path):
 def test_storage_that_has_no_names_in_this_format_is_refused(stored):
     with pytest.raises(RecipeError, match="source's dtype"):
         target_config(tiny_config("deepseek_v3"), LING, stored)
+
+
+def test_commands_that_do_not_know_the_format_refuse_it(tmp_path):
+    folder = write_tiny_checkpoint(tmp_path / "ling", tiny_config("bailing_hybrid"))
+    for arguments in (("parity", folder), ("export", "onnx", folder, tmp_path / "onnx")):
+        done = run_here(*arguments)
+        assert done.returncode == 3
+        assert "bailing_hybrid" in done.stderr
+    assert not (tmp_path / "onnx").exists()
