@@ -8,6 +8,7 @@
         MappingError                 a names or rules table does not cover a checkpoint
         RecipeError                  a recipe file or field
         CalibrationError             text or a teacher that nothing can be fitted to
+        TooLittleTextError           not enough tokens for what they are for
         TokenizerError               tokenizer files missing or not understood
         OutputError                  the output folder is taken, or is the input
         KernelInputError             shapes or dtypes handed to a kernel (also a ValueError)
@@ -93,6 +94,10 @@ class RecipeError(InputError):
 
 class CalibrationError(InputError):
     """Nothing can be fitted: too little text, or values that are not finite."""
+
+
+class TooLittleTextError(InputError):
+    """A text has not enough tokens for what it is for."""
 
 
 class TokenizerError(InputError):

@@ -18,7 +18,7 @@ import torch
 
 from kimi_convert.checkpoints.file_kinds import recognise
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.errors import InputError, UsageError
+from kimi_convert.errors import InputError, TooLittleTextError, UsageError
 from kimi_convert.model.document import Document, parse_document
 from kimi_convert.model.tokenizer import Tokenizer
 
@@ -160,7 +160,7 @@ class _Packer:
             for kind, pending in self._pending.items()
         }
         if not self._rows:
-            raise InputError(
+            raise TooLittleTextError(
                 "there is not enough text for one row",
                 expected=f"at least {self._length + 1} tokens of one kind",
                 found=f"at most {max(left_over.values(), default=0)} tokens",
@@ -216,6 +216,8 @@ def _token_ids(
 def _read_plain_text(path: Path) -> Generator[Document]:
     with _opened(path) as file:
         data = _bounded(file.read(_MAX_DOCUMENT_BYTES + 1), where=str(path))
+    if not data.strip():
+        raise _no_documents(path)
     yield Document(text=_decoded(data, where=str(path)), where=str(path))
 
 
@@ -231,7 +233,11 @@ def _read_json_lines(path: Path) -> Generator[Document]:
                 empty = False
                 yield parse_document(_decoded(line, where=where), where=where)
     if empty:
-        raise InputError("the file holds no documents", where=path)
+        raise _no_documents(path)
+
+
+def _no_documents(path: Path) -> InputError:
+    return InputError("the file holds no documents", where=path)
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Document]]] = {

@@ -18,6 +18,7 @@ EXIT_CODES = {
     "MappingError": 3,
     "RecipeError": 3,
     "TokenizerError": 3,
+    "TooLittleTextError": 3,
     "CalibrationError": 3,
     "OutputError": 3,
     "KernelInputError": 3,

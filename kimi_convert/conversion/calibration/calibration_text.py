@@ -11,7 +11,7 @@ import torch
 
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe
-from kimi_convert.errors import CalibrationError, InputError
+from kimi_convert.errors import CalibrationError, InputError, TooLittleTextError
 from kimi_convert.model.document import Document
 from kimi_convert.model.text import pack_documents, read_documents
 from kimi_convert.model.tokenizer import Tokenizer, load_tokenizer
@@ -74,22 +74,28 @@ def calibration_text(
             vocab_size=config.vocab_size,
             max_tokens=wanted * recipe.sequence_length,
         )
+    except TooLittleTextError as error:
+        raise _too_little(path, recipe, rows=0) from error
     except InputError as error:
         error.where = error.where or str(path)
         raise
     if len(packed.tokens) < recipe.rows:
-        raise CalibrationError(
-            "there is too little text to fit a conversion to",
-            where=path,
-            expected=f"{recipe.rows * recipe.sequence_length} tokens, as the recipe says",
-            found=f"{len(packed.tokens) * recipe.sequence_length} tokens in whole sequences",
-            hint="Give a longer text, or lower `calibration.tokens` in the recipe.",
-        )
+        raise _too_little(path, recipe, rows=len(packed.tokens))
     _check_known(packed.tokens, tokenizer, path)
     return CalibrationText(
         tokens=packed.tokens[: recipe.rows],
         validation_rows=recipe.validation_rows,
         more=packed.tokens[recipe.rows :],
+    )
+
+
+def _too_little(path: Path, recipe: CalibrationRecipe, *, rows: int) -> CalibrationError:
+    return CalibrationError(
+        "there is too little text to fit a conversion to",
+        where=path,
+        expected=f"{recipe.rows * recipe.sequence_length} tokens, as the recipe says",
+        found=f"{rows * recipe.sequence_length} tokens in whole sequences",
+        hint="Give a longer text, or lower `calibration.tokens` in the recipe.",
     )
 
 
