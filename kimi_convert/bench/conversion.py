@@ -1,14 +1,14 @@
 """How fast `convert` is beside `cp`, what it holds in memory, and what peers take for the same bytes.
 
     python -m kimi_convert.bench.conversion speed [--fp8] [--layers N] [--pairs N] [--jobs N]
-    python -m kimi_convert.bench.conversion memory MODEL
+    python -m kimi_convert.bench.conversion memory MODEL [--whole]
     python -m kimi_convert.bench.conversion plan MODEL
     python -m kimi_convert.bench.conversion peers [--layers N] [--mergekit FILE]
 
 `speed` copies and converts the same bytes in turn, and gives the ratio of each pair: a busy machine
 slows both. `memory` and `plan` take whole released models, right-shaped, their weights holes
-(`released_shapes`); `memory` converts one file of weights of each kind and deletes it, since no disk
-here holds an output of terabytes. `peers` rewrites the same bytes with other programs. All work in
+(`released_shapes`); `memory` converts one file of weights of each kind and deletes it, since few disks
+hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the same bytes with other programs. All work in
 --folder, and remove what they wrote.
 """
 
@@ -64,8 +64,11 @@ _COPY = 'cp -r "$1" "$2" && sync "$2"/*'
 
 
 def measure_memory(folder: Path, options: argparse.Namespace) -> dict[str, object]:
-    """Convert one file of each kind of a whole model, in a process of its own."""
+    """Convert a whole model, or one file of each kind of it, in a process of its own."""
     source = write_shaped_checkpoint(folder / "source", MODELS[options.model])
+    if options.whole:
+        cost = _removing(folder / "output", _convert(source, folder / "output"))
+        return {"model": options.model, "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
     code = (sys.executable, "-m", "kimi_convert.bench.sampled_conversion")
     cost = run_measured((*code, source, folder / "output"))
     return {"model": options.model, **json.loads(cost.stdout), "peak_bytes": cost.peak_bytes}
@@ -157,8 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--fp8", action="store_true", help="from FP8 blocks to bf16")
     speed.add_argument("--pairs", type=int, default=3)
     speed.add_argument("--jobs", type=int, default=1)
-    for name in ("memory", "plan"):
-        measures.add_parser(name).add_argument("model", choices=sorted(MODELS))
+    shaped = {name: measures.add_parser(name) for name in ("memory", "plan")}
+    for parser_of in shaped.values():
+        parser_of.add_argument("model", choices=sorted(MODELS))
+    shaped["memory"].add_argument("--whole", action="store_true", help="every file, not a sample")
     peers = measures.add_parser("peers", help="mergekit, and transformers' save_pretrained")
     peers.add_argument("--layers", type=int, default=3)
     peers.add_argument("--mergekit", type=Path, help="mergekit-yaml of mergekit 0.1.5")

@@ -119,6 +119,14 @@ def test_memory_is_that_of_files_of_every_kind(tiny_models, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_whole_model_is_converted_and_removed(tiny_models, tmp_path, capsys):
+    found = measured(capsys, tmp_path, "memory", "moonlight", "--whole")
+    assert found["peak_bytes"] > 50e6
+    assert found["seconds"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_plan_and_inspect_are_timed(tiny_models, tmp_path, capsys):
     found = measured(capsys, tmp_path, "plan", "moonlight")
     for command in ("plan", "inspect"):
