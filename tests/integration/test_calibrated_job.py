@@ -123,10 +123,11 @@ def test_too_little_text_says_how_much_is_needed(recipe, tmp_path):
     ("content", "words"),
     [
         (b"price: 5 \xa3", "UTF-8"),
-        (b"", "at least 129 tokens"),
+        (b"", "holds no documents"),
+        (b"One line alone.", "3072 tokens"),
         ("ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ ".encode() * 400, "does not know the words"),
     ],
-    ids=["not-utf-8", "empty", "unknown-script"],
+    ids=["not-utf-8", "empty", "one-line", "unknown-script"],
 )
 def test_text_that_cannot_be_used_is_exit_3_and_leaves_nothing(content, words, recipe, tmp_path):
     text = tmp_path / "text.txt"

@@ -56,6 +56,7 @@ FAILURES = [
     pytest.param(errors.RecipeError("no"), 3, id="RecipeError"),
     pytest.param(errors.TokenizerError("no"), 3, id="TokenizerError"),
     pytest.param(errors.CalibrationError("no"), 3, id="CalibrationError"),
+    pytest.param(errors.TooLittleTextError("no"), 3, id="TooLittleTextError"),
     pytest.param(errors.OutputError("no"), 3, id="OutputError"),
     pytest.param(errors.KernelInputError("no"), 3, id="KernelInputError"),
     pytest.param(errors.HubError("no"), 4, id="HubError"),
