@@ -21,54 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from kimi_convert.bench.kimi_linear_48b import RELEASED_LAYERS, kimi_linear_document
 from kimi_convert.bench.released_shapes import write_shaped_checkpoint
 from kimi_convert.errors import KimiConvertError, VerificationError
 
-# config.json of https://huggingface.co/moonshotai/Kimi-Linear-48B-A3B-Instruct, without its code
-# references and its layer lists, which `document_of` makes: every fourth layer and the last are MLA.
-KIMI_LINEAR: Mapping[str, object] = MappingProxyType(
-    {
-        "architectures": ["KimiLinearForCausalLM"],
-        "bos_token_id": 163584,
-        "dtype": "bfloat16",
-        "eos_token_id": 163586,
-        "first_k_dense_replace": 1,
-        "head_dim": 72,
-        "hidden_act": "silu",
-        "hidden_size": 2304,
-        "initializer_range": 0.02,
-        "intermediate_size": 9216,
-        "kv_lora_rank": 512,
-        "mla_use_nope": True,
-        "model_max_length": 1048576,
-        "model_type": "kimi_linear",
-        "moe_intermediate_size": 1024,
-        "moe_layer_freq": 1,
-        "moe_renormalize": True,
-        "moe_router_activation_func": "sigmoid",
-        "num_attention_heads": 32,
-        "num_expert_group": 1,
-        "num_experts": 256,
-        "num_experts_per_token": 8,
-        "num_hidden_layers": 27,
-        "num_key_value_heads": 32,
-        "num_nextn_predict_layers": 0,
-        "num_shared_experts": 1,
-        "pad_token_id": 163839,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "routed_scaling_factor": 2.446,
-        "tie_word_embeddings": False,
-        "topk_group": 1,
-        "use_grouped_topk": True,
-        "v_head_dim": 128,
-        "vocab_size": 163840,
-    }
-)
 HOW: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "inplace": ("--weights", "inplace"),
@@ -91,19 +47,6 @@ class ExportCost:
     written_bytes: int
 
 
-def document_of(layers: int) -> dict[str, object]:
-    """Return config.json with so many layers."""
-    mla = [n for n in range(1, layers + 1) if n % 4 == 0 or n == layers]
-    lists = {
-        "full_attn_layers": mla,
-        "kda_layers": [n for n in range(1, layers + 1) if n not in mla],
-        "head_dim": 128,
-        "num_heads": 32,
-        "short_conv_kernel_size": 4,
-    }
-    return {**KIMI_LINEAR, "num_hidden_layers": layers, "linear_attn_config": lists}
-
-
 def measure_export(folder: Path, *, layers: int, weights: str) -> ExportCost:
     """Export a sparse checkpoint in a new process and measure it.
 
@@ -116,7 +59,7 @@ def measure_export(folder: Path, *, layers: int, weights: str) -> ExportCost:
         VerificationError: the export failed; what it said is on stderr.
     """
     checkpoint, output = folder / "checkpoint", folder / "onnx"
-    write_shaped_checkpoint(checkpoint, document_of(layers))
+    write_shaped_checkpoint(checkpoint, kimi_linear_document(layers))
     how = (
         ("--weights", "inplace") if weights == "inplace" else (str(output), "--precision", "bf16")
     )
@@ -153,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure time and memory of `export onnx` at Kimi-Linear-48B's shape.",
     )
     parser.add_argument("--weights", choices=tuple(HOW), default="inplace")
-    parser.add_argument("--layers", type=int, default=KIMI_LINEAR["num_hidden_layers"])
+    parser.add_argument("--layers", type=int, default=RELEASED_LAYERS)
     parser.add_argument("--folder", type=Path, help="where there is room; default: temporary")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)

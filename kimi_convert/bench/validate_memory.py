@@ -20,56 +20,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 
+from kimi_convert.bench.kimi_linear_48b import RELEASED_LAYERS, kimi_linear_document
 from kimi_convert.bench.process_cost import wait_for_peak
 from kimi_convert.bench.released_shapes import write_shaped_checkpoint
 from kimi_convert.config.huggingface import parse_config
 from kimi_convert.errors import KimiConvertError, VerificationError
-
-_LAYERS = 27
-# config.json of https://huggingface.co/moonshotai/Kimi-Linear-48B-A3B-Instruct, in part.
-KIMI_LINEAR: Mapping[str, object] = MappingProxyType(
-    {
-        "architectures": ["KimiLinearForCausalLM"],
-        "bos_token_id": 163584,
-        "dtype": "bfloat16",
-        "eos_token_id": 163586,
-        "first_k_dense_replace": 1,
-        "hidden_act": "silu",
-        "hidden_size": 2304,
-        "initializer_range": 0.02,
-        "intermediate_size": 9216,
-        "kv_lora_rank": 512,
-        "mla_use_nope": True,
-        "model_max_length": 1048576,
-        "model_type": "kimi_linear",
-        "moe_intermediate_size": 1024,
-        "moe_layer_freq": 1,
-        "moe_renormalize": True,
-        "moe_router_activation_func": "sigmoid",
-        "num_attention_heads": 32,
-        "num_expert_group": 1,
-        "num_experts": 256,
-        "num_experts_per_token": 8,
-        "num_key_value_heads": 32,
-        "num_nextn_predict_layers": 0,
-        "num_shared_experts": 1,
-        "pad_token_id": 163839,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "routed_scaling_factor": 2.446,
-        "tie_word_embeddings": False,
-        "topk_group": 1,
-        "use_grouped_topk": True,
-        "v_head_dim": 128,
-        "vocab_size": 163840,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +41,6 @@ class ValidateMemory:
     def to_json(self) -> dict[str, object]:
         """Return the fields."""
         return asdict(self)
-
-
-def kimi_linear_config(num_layers: int) -> dict[str, object]:
-    """Return the config with three KDA layers to one MLA layer, the last one MLA."""
-    mla = [i for i in range(1, num_layers + 1) if i % 4 == 0 or i == num_layers]
-    lists = {
-        "full_attn_layers": mla,
-        "kda_layers": [i for i in range(1, num_layers + 1) if i not in mla],
-        "head_dim": 128,
-        "num_heads": 32,
-        "short_conv_kernel_size": 4,
-    }
-    return {**KIMI_LINEAR, "num_hidden_layers": num_layers, "linear_attn_config": lists}
 
 
 def measure_validation(
@@ -154,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure memory and time of `validate` on a checkpoint of 48B parameters.",
     )
     parser.add_argument("--folder", type=Path, help="for the holes; default: temporary")
-    parser.add_argument("--layers", type=int, default=_LAYERS)
+    parser.add_argument("--layers", type=int, default=RELEASED_LAYERS)
     parser.add_argument("--tokens", type=int, default=128)
     options = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="validate-memory-", dir=options.folder) as folder:
-            document = kimi_linear_config(options.layers)
+            document = kimi_linear_document(options.layers)
             measured = measure_validation(Path(folder), document, tokens=options.tokens)
     except KimiConvertError as error:
         sys.stderr.write(f"{error}\n")
