@@ -80,7 +80,11 @@ def study_layers(
 
     def told(layers: float) -> None:
         done = int(100 * layers)
-        on_progress(ProgressEvent(STAGE, done, 100 * num_layers, "%", f"{int(layers)} of {num_layers} layers"))
+        on_progress(
+            ProgressEvent(
+                STAGE, done, 100 * num_layers, "%", f"{int(layers)} of {num_layers} layers"
+            )
+        )
 
     width = layers_ahead(
         search.device, search_bytes=search_bytes(given.config, given.search_tokens.numel())
