@@ -43,6 +43,7 @@ def test_largest_layer_is_the_size_of_what_is_loaded(checkpoint, dtype):
 def test_a_token_meets_its_experts_alone():
     dense = tiny_config("kimi_linear", first_k_dense_replace=4)
     assert active_parameters(CONFIG) != active_parameters(dense)
+    assert CONFIG.moe is not None
     every = replace(CONFIG.moe, num_experts_per_token=8)
     more = active_parameters(replace(CONFIG, moe=every)) - active_parameters(CONFIG)
     assert more == 3 * (5 * 3 * 24 * 32)  # layers x experts not chosen x weights of one
