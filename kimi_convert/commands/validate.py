@@ -132,8 +132,9 @@ def validate(
 
 def estimate_text(estimate: Estimate) -> str:
     """Return what is said before a validation starts."""
+    place = "" if estimate.device == "cpu" else f" on {estimate.device}"
     return (
-        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory, of which one layer "
+        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory{place}, of which one layer "
         f"{bytes_text(estimate.layer_bytes)}; {bytes_text(estimate.read_bytes)} to read in "
         f"{estimate.passes} passes at {bytes_text(round(estimate.bytes_per_second))}/s, "
         f"{estimate.operations / 1e9:.1f} GFLOP at "

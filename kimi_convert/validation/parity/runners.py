@@ -106,6 +106,7 @@ RUNNERS: tuple[Runner, ...] = (
         name="triton",
         what="our model on Triton kernels, on a GPU",
         setting=TorchRun(backend=Backend.TRITON, device="cuda"),
+        continues=True,
     ),
     OracleRunner(
         name="transformers",

@@ -7,6 +7,7 @@ import pytest
 
 from kimi_convert.errors import UsageError
 from kimi_convert.validation.parity.oracles.process import (
+    OracleDeclinedError,
     OracleFailedError,
     OracleRequest,
     ask_oracle,
@@ -86,6 +87,35 @@ def test_library_that_fails_makes_parity_fail(checkpoint, monkeypatch):
     done = run_here("parity", checkpoint, "--against", "mlx-lm", "--tokens", 20)
     assert done.returncode == 6
     assert "Failed: mlx-lm. ValueError: no such tensor" in done.stdout
+
+
+def test_library_that_declines_is_absent_unless_it_was_asked_for(checkpoint, monkeypatch):
+    def declines(module, request):
+        raise OracleDeclinedError("it is too old")
+
+    monkeypatch.setattr("kimi_convert.validation.parity.process_runners.ask_oracle", declines)
+    monkeypatch.setattr(
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: object()
+    )
+    oracle = next(runner for runner in RUNNERS if runner.name == "mlx-lm")
+    monkeypatch.setattr("kimi_convert.validation.parity.run.RUNNERS", (oracle,))
+    report = compare_implementations(checkpoint, options=ParityOptions(tokens=20))
+    assert [(one.name, one.why, one.failed) for one in report.absent] == [
+        ("mlx-lm", "it is too old", False)
+    ]
+    assert report.passed
+    with pytest.raises(UsageError, match="mlx-lm cannot run here"):
+        compare_implementations(checkpoint, options=ParityOptions(against=("mlx-lm",), tokens=20))
+
+
+def test_transformers_without_the_class_declines(checkpoint, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from kimi_convert.validation.parity.oracles import transformers_native
+
+    monkeypatch.setitem(transformers_native.CLASSES, "kimi_linear", "NotYetForCausalLM")
+    with pytest.raises(SystemExit):
+        transformers_native.load(str(checkpoint))
+    assert "has no NotYetForCausalLM" in capsys.readouterr().err
 
 
 def test_process_that_fails_gives_its_last_words(tmp_path):
