@@ -49,10 +49,11 @@ def mixer_dynamics(mixer: KimiDeltaAttention, x: torch.Tensor) -> MixerDynamics:
 
 def _eps_share(mixer: KimiDeltaAttention, x: torch.Tensor) -> torch.Tensor:
     small: list[torch.Tensor] = []
+    eps = mixer.o_norm.eps
 
-    def look(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def look(_norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         power = inputs[0].float().square().mean(-1)  # [B, T, H]
-        small.append((power < norm.eps).double().flatten(0, 1))
+        small.append((power < eps).double().flatten(0, 1))
 
     hook = mixer.o_norm.register_forward_pre_hook(look)
     try:
