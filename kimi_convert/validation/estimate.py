@@ -9,6 +9,7 @@ a little of it.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def require_memory(estimate: Estimate, *, where: Path) -> None:
             found=f"{sized(free)} free",
             hint="Use --dtype bfloat16, or leave out --teacher.",
         )
+
+
+def too_large(configs: Iterable[ModelConfig], options: ValidationOptions) -> str | None:
+    """Say why the larger of some models cannot be loaded as a whole here, or return None."""
+    needed = max(
+        sum(_size(entry) * _item_bytes(entry, options.torch_dtype) for entry in entries)
+        for entries in map(expected_entries, configs)
+    )
+    device = torch.device(options.device)
+    free = free_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is None or PROCESS_BYTES + needed <= free:
+        return None
+    return f"a whole model takes {sized(needed)}, and {sized(free)} are free"
 
 
 def largest_part_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
