@@ -28,11 +28,13 @@ from kimi_convert.model.numerics import SERVED
 
 _BYTES = 256
 _IDS = (_BYTES // 4, _BYTES // 2)  # that sequences are made of
-_BATCH = 16
-_RATE = 3e-3
+_BATCH_TOKENS = 2048
+_RATE = 2e-3
 _WARM_UP = 100
-_SHORTEST, _LONGEST = 8, 24  # tokens that are copied at once
-_COPIED = 0.5  # share of segments that are copies
+_LONGEST = 24  # tokens that are copied at once, but at most a quarter of the sequence
+_COPIED = 0.7  # share of segments that are copies
+_SHORT = 32  # tokens; looking up is learned on short sequences first
+_SHORT_SHARE = 0.4  # of all steps
 _CALIBRATION_ROWS, _HELDOUT_ROWS = 1200, 128
 _CONFIG = {
     "model_type": "deepseek_v3",
@@ -76,10 +78,11 @@ def copying_rows(rows: int, length: int, generator: torch.Generator) -> torch.Te
     """Return sequences [rows, length] of random segments and of copies of earlier ones."""
     low, high = _IDS
     tokens = torch.randint(low, high, (rows, length), generator=generator)
+    longest = min(_LONGEST, length // 4)
     for row in tokens:
-        at = _LONGEST
+        at = longest
         while at < length:
-            size = min(_number(_SHORTEST, _LONGEST, generator), length - at)
+            size = min(_number(longest // 2, longest + 1, generator), length - at)
             if torch.rand((), generator=generator) < _COPIED:
                 start = _number(0, at - size + 1, generator)
                 row[at : at + size] = row[start : start + size].clone()
@@ -97,13 +100,14 @@ def trained_teacher(steps: int, length: int, seed: int) -> MlaTransformer:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         else:
             torch.nn.init.ones_(parameter)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = copying_rows(_BATCH, length + 1, generator)
+        now = _SHORT if step < _SHORT_SHARE * steps else length
+        tokens = copying_rows(_BATCH_TOKENS // now, now + 1, generator)
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
