@@ -133,6 +133,15 @@ def test_parity_runs_the_triton_row(checkpoint):
     assert found.comparison.logits.relative_error > 0
 
 
+def test_layers_of_flash_linear_attention_agree(checkpoint):
+    pytest.importorskip("fla.layers.kda", reason="flash-linear-attention is not installed")
+    options = ParityOptions(against=("fla",), tokens=100, new_tokens=32)
+    report = compare_implementations(checkpoint, options=options)
+    assert report.passed, (report.absent, report.implementations)
+    assert [one.name for one in report.implementations] == ["fla, prefill", "fla, decode"]
+    assert all(one.comparison.logits.relative_error > 0 for one in report.implementations)
+
+
 def test_estimate_is_of_the_gpu(example_hybrid):
     options = ValidationOptions(device="cuda")
     found = estimate_validation(example_hybrid, options=options)

@@ -12,7 +12,7 @@ from kimi_convert.validation.parity.oracles.process import (
     OracleRequest,
     ask_oracle,
 )
-from kimi_convert.validation.parity.process_runners import OracleRunner
+from kimi_convert.validation.parity.process_runners import FlaRunner, OracleRunner
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
 from kimi_convert.validation.parity.runners import RUNNERS
 from tests.integration.command_line import run_here
@@ -163,7 +163,8 @@ def test_folder_that_is_no_checkpoint_is_refused(checkpoint, tmp_path):
 def test_names_are_unique_and_every_oracle_is_a_module():
     names = [runner.name for runner in RUNNERS]
     assert len(set(names)) == len(names)
-    assert {r.module for r in RUNNERS if isinstance(r, OracleRunner)} == {
+    assert {r.module for r in RUNNERS if isinstance(r, (FlaRunner, OracleRunner))} == {
+        "fla_layer",
         "mlx_lm_model",
         "transformers_native",
     }
