@@ -16,7 +16,6 @@ import torch
 
 from kimi_convert.errors import KernelInputError
 
-
 _NOWHERE_ELSE = nullcontext()
 
 
