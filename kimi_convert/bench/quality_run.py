@@ -1,0 +1,137 @@
+"""One row of the quality bench with one seed: convert, write, measure the written checkpoint."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion import convert_checkpoint
+from kimi_convert.errors import VerificationError
+from kimi_convert.model.loading import load_model
+from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
+from kimi_convert.validation.recall import copying_probe, score_probe
+
+TOKENS_PER_KIND = 10_240
+LENGTH = 512
+_SPAN = 64  # tokens that are to be copied
+_PROBE_ROWS = 256
+_FIRST_TOKEN = 16  # ids below are special in many tokenizers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One row with one seed."""
+
+    seed: int
+    loss: float  # nats per token
+    kl: float
+    top1: float
+    copied: float | None = None  # share of the tokens of a repeated random span
+    calibration_kl: float | None = None  # on the validation tokens of the calibration text
+    kept: Sequence[int] = ()
+    distilled: Mapping[str, object] | None = None  # losses, and validation on the way
+    seconds: float  # of the conversion
+
+    def to_json(self) -> dict[str, object]:
+        """Return the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all rows share."""
+
+    teacher: Path
+    calibration: Path
+    heldout: Path
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One row with one seed."""
+
+    name: str
+    recipe: Recipe
+    seed: int
+
+
+def run_jobs(
+    setting: Setting, jobs: Sequence[Job], *, processes: int
+) -> Iterator[tuple[Job, Measured]]:
+    """Measure jobs in processes of their own; yield them as they finish.
+
+    Raises:
+        KimiConvertError: of the first job that fails.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(threads,),
+    )
+    with pool:
+        running = {pool.submit(measure, setting, job): job for job in jobs}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def measure(setting: Setting, job: Job) -> Measured:
+    """Convert by a recipe, and measure the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "hybrid"
+        started = time.monotonic()
+        result = convert_checkpoint(
+            setting.teacher,
+            output,
+            recipe=replace(job.recipe, seed=job.seed),
+            text=setting.calibration,
+            device=setting.device,
+        )
+        seconds = time.monotonic() - started
+        report = validate_checkpoint(
+            output,
+            teacher=setting.teacher,
+            text=setting.heldout,
+            options=ValidationOptions(
+                checks=frozenset({Check.QUALITY}),
+                sequence_length=LENGTH,
+                max_tokens_per_kind=TOKENS_PER_KIND,
+                device=setting.device,
+            ),
+        )
+        copied = copying(output, setting.device)
+    assert report.quality is not None
+    scores = report.quality.student.overall
+    if scores.kl is None or scores.top1_agreement is None:
+        raise VerificationError("the validation compared nothing", where=output)
+    fit = result.fit
+    return Measured(
+        seed=job.seed,
+        loss=scores.loss,
+        kl=scores.kl,
+        top1=scores.top1_agreement,
+        copied=copied,
+        calibration_kl=None if fit is None else fit.validation.kl,
+        kept=() if fit is None else fit.kept,
+        distilled=None if fit is None else fit.distilled,
+        seconds=seconds,
+    )
+
+
+def copying(folder: Path, device: str) -> float:
+    """Return the share of a repeated random span that a model copies."""
+    model = load_model(folder, device=device)
+    ids = torch.arange(_FIRST_TOKEN, model.config.vocab_size)
+    probe = copying_probe(ids, span=_SPAN, rows=_PROBE_ROWS, seed=0)
+    return score_probe(lambda tokens: model(tokens.to(device)).cpu(), probe).accuracy
