@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map
 
 # A type that torch knows, has no kernels for, and whose gradients it computes in the calling thread.
 DEVICE = torch.device("lazy", 0)
@@ -60,7 +59,8 @@ def pretended_device():
 def _run(func, args, kwargs):
     wanted = kwargs.get("device")
     wanted = None if wanted is None else torch.device(wanted)
-    tensors = [x for x in _tensors((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = []
+    _mapped(lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None, [*args, kwargs])
     here = [isinstance(x, Elsewhere) for x in tensors]
     if func not in _MOVES | _ANY_INDEX:
         strangers = [
@@ -70,7 +70,7 @@ def _run(func, args, kwargs):
             raise AssertionError(f"{func} of {DEVICE} and {strangers[0].device}")
     if wanted is not None and wanted.type == DEVICE.type:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    result = func(*_mapped(_held, args), **_mapped(_held, kwargs))
     if func in _ANY_INDEX:
         stays = isinstance(args[0], Elsewhere)
     elif wanted is not None:
@@ -79,7 +79,7 @@ def _run(func, args, kwargs):
         stays = any(here) if func is not torch.ops.aten.copy_.default else here[0]
     if not stays:
         return result
-    wrapped = tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, result)
+    wrapped = _mapped(_put, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
@@ -87,7 +87,14 @@ def _held(x):
     return x.held if isinstance(x, Elsewhere) else x
 
 
-def _tensors(tree):
-    found = []
-    tree_map(found.append, tree)
-    return found
+def _put(x):
+    return Elsewhere(x) if isinstance(x, torch.Tensor) else x
+
+
+def _mapped(function, tree):
+    """Apply a function to every leaf; `tree_map` of torch takes three times as long."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_mapped(function, x) for x in tree])
+    if isinstance(tree, dict):
+        return {name: _mapped(function, x) for name, x in tree.items()}
+    return function(tree)
