@@ -19,15 +19,15 @@ _LAYER_COLUMNS = (
     "error",
     "cosine",
     "norm",
-    "half-life",
-    "beta",
-    "basis",
+    "stream",
+    "experts in common",
 )
+_HEAD_COLUMNS = ("layer", "best", "worst", "half-life", "write strength", "below eps", "basis")
 
 
 def fit_report(fit: CalibrationReport) -> Report:
     """Return what a calibration found, and what it chose by."""
-    return (_validation(fit), _layers(fit), *_kept(fit), *_warnings(fit))
+    return (_validation(fit), _layers(fit), _heads(fit), *_kept(fit), *_warnings(fit))
 
 
 def _validation(fit: CalibrationReport) -> Facts:
@@ -38,6 +38,10 @@ def _validation(fit: CalibrationReport) -> Facts:
             ("loss of the teacher", f"{outcome.teacher_loss:.4f} nats per token"),
             ("loss of the hybrid", f"{outcome.student_loss:.4f}"),
             ("KL to the teacher", f"{outcome.kl:.4f}"),
+            *(
+                (f"after {before} tokens", f"{max(kl, 0.0):.4f}")
+                for before, kl in outcome.kl_by_position.items()
+            ),
             ("top-1 agreement", f"{outcome.top1_agreement:.1%}"),
         ),
     )
@@ -53,18 +57,39 @@ def _layers(fit: CalibrationReport) -> Table:
             f"{layer.error:.3f}",
             f"{layer.cosine:.3f}",
             f"{layer.norm_ratio:.3f}",
-            "" if layer.half_life is None else f"{layer.half_life:.3g}",
-            "" if layer.beta is None else f"{layer.beta:.2f}",
-            next(iter(layer.bases), "") if layer.mixer == "kda" else "",
+            f"{layer.stream_error:.4f}",
+            "-" if layer.router_agreement is None else f"{layer.router_agreement:.1%}",
         )
         for layer in fit.layers
     )
     return Table(
         "Layers, counted from 0: what each alone would cost in KL, its distance from its target as "
-        "it is now, half-life in tokens, write strength, commonest basis",
+        "it is now, what is left in the stream",
         _LAYER_COLUMNS,
         rows,
-        right=("layer", *_LAYER_COLUMNS[2:9]),
+        right=("layer", *_LAYER_COLUMNS[2:]),
+    )
+
+
+def _heads(fit: CalibrationReport) -> Table:
+    rows = tuple(
+        (
+            str(layer.layer_idx),
+            f"{min(layer.head_errors):.3f}",
+            f"{max(layer.head_errors):.3f}",
+            "" if layer.half_life is None else f"{layer.half_life:.3g}",
+            "" if layer.beta is None else f"{layer.beta:.2f}",
+            "" if layer.eps_share is None else f"{layer.eps_share:.1%}",
+            next(iter(layer.bases), "") if layer.mixer == "kda" else "",
+        )
+        for layer in fit.layers
+    )
+    return Table(
+        "Heads: error of the teacher's best and worst read from the same head alone, half-life in "
+        "tokens, outputs below the eps of their norm, commonest basis",
+        _HEAD_COLUMNS,
+        rows,
+        right=_HEAD_COLUMNS[:-1],
     )
 
 

@@ -26,6 +26,19 @@ class EngineName(StrEnum):
     RAY = "ray"
 
 
+class CheckName(StrEnum):
+    """The parts of a validation that can be left out; the names are `Check`'s."""
+
+    VALUES = "values"
+    HASHES = "hashes"
+    CONSISTENCY = "consistency"
+    QUALITY = "quality"
+    ABLATION = "ablation"
+    REPLACEMENT = "replacement"
+    PROBES = "probes"
+    GREEDY = "greedy"
+
+
 class BackendName(StrEnum):
     """The implementations of the kernels that models run on."""
 

@@ -10,6 +10,7 @@ import typer
 from kimi_convert.commands._numbers import bytes_text, files_text, seconds_text
 from kimi_convert.commands._options import (
     BackendOpt,
+    CheckName,
     DeviceOpt,
     Dtype,
     JsonOpt,
@@ -19,8 +20,8 @@ from kimi_convert.commands._options import (
     VerboseOpt,
 )
 from kimi_convert.commands._output import Output
+from kimi_convert.commands._quality import quality_report
 from kimi_convert.commands._report import Facts, Report, Section, Sentence, Table
-from kimi_convert.commands._scores import models_table, scores_table, worth
 from kimi_convert.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from kimi_convert.validation.report import (
         ConsistencyReport,
         Finding,
-        QualityReport,
         ValidationReport,
     )
 
@@ -64,6 +64,14 @@ VerifySignatureOpt = Annotated[
         show_default=False,
     ),
 ]
+SkipOpt = Annotated[
+    list[CheckName] | None,
+    typer.Option(
+        "--skip",
+        help="A check or a measurement to leave out; can be given again.",
+        show_default=False,
+    ),
+]
 RecordOpt = Annotated[
     bool, typer.Option("--record", help="Write what was found into the folder, for `publish`.")
 ]
@@ -80,6 +88,7 @@ def validate(
     device: DeviceOpt = "cpu",
     backend: BackendOpt = None,
     verify_signature: VerifySignatureOpt = None,
+    skip: SkipOpt = None,
     record: RecordOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -90,11 +99,12 @@ def validate(
     Measured numbers (loss, KL) never make a checkpoint fail; damage and contradictions do.
     """
     from kimi_convert.hub.sources import fetch_source
-    from kimi_convert.validation import ValidationOptions, validate_checkpoint
+    from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
     from kimi_convert.validation.record import write_record
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     options = ValidationOptions(
+        checks=frozenset(Check) - {Check(name.value) for name in skip or ()},
         sequence_length=sequence_length,
         max_tokens=max_tokens,
         max_tokens_per_kind=max_tokens_per_kind,
@@ -122,8 +132,9 @@ def validate(
 
 def estimate_text(estimate: Estimate) -> str:
     """Return what is said before a validation starts."""
+    place = "" if estimate.device == "cpu" else f" on {estimate.device}"
     return (
-        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory, of which one layer "
+        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory{place}, of which one layer "
         f"{bytes_text(estimate.layer_bytes)}; {bytes_text(estimate.read_bytes)} to read in "
         f"{estimate.passes} passes at {bytes_text(round(estimate.bytes_per_second))}/s, "
         f"{estimate.operations / 1e9:.1f} GFLOP at "
@@ -144,7 +155,7 @@ def _check_recordable(checkpoint: Path, record: bool) -> None:
 
 def validation_report(report: ValidationReport) -> Report:
     """Return what `validate` shows."""
-    quality = _quality(report.quality) if report.quality else []
+    quality = quality_report(report.quality) if report.quality else []
     checks, verdict = brief_report(report)[:-1], brief_report(report)[-1]
     return (*checks, *quality, verdict)
 
@@ -155,7 +166,7 @@ def brief_report(report: ValidationReport) -> Report:
     if report.consistency:
         sections.append(_consistency(report.consistency))
     sections += [_finding(finding) for finding in report.findings]
-    sections += [Sentence(f"Not checked: {left.check}. {left.why}") for left in report.not_run]
+    sections += _not_checked(report)
     verdict = "Passed." if report.passed else "Failed: see the errors above."
     return (*sections, Sentence(verdict, warns=not report.passed))
 
@@ -197,34 +208,12 @@ def _consistency(found: ConsistencyReport) -> Table:
     )
 
 
-def _quality(quality: QualityReport) -> list[Section]:
-    sections: list[Section] = [models_table(quality)]
-    if len(quality.student.by_kind) > 1:
-        sections.append(scores_table("By kind of text", quality.student.by_kind, first="kind"))
-    if quality.layers:
-        sections.append(_layers(quality))
-    sentence = worth(quality)
-    return [*sections, sentence] if sentence else sections
-
-
-def _layers(quality: QualityReport) -> Table:
-    rows = tuple(
-        (
-            str(layer.layer_idx),
-            layer.mixer.upper(),
-            "yes" if layer.converted else "no",
-            f"{layer.hidden:.4f}",
-            f"{layer.mixer_output:.4f}",
-            f"{layer.teacher_forced:.4f}",
-        )
-        for layer in quality.layers
-    )
-    return Table(
-        "Squared error relative to the teacher's layer, layers counted from 0",
-        ("layer", "mixer", "converted", "hidden state", "mixer", "mixer on teacher's input"),
-        rows,
-        right=("hidden state", "mixer", "mixer on teacher's input"),
-    )
+def _not_checked(report: ValidationReport) -> list[Sentence]:
+    """Say what was left out, once for each reason."""
+    checks: dict[str, list[str]] = {}
+    for left in report.not_run:
+        checks.setdefault(left.why, []).append(left.check)
+    return [Sentence(f"Not checked: {', '.join(names)}. {why}") for why, names in checks.items()]
 
 
 def _finding(finding: Finding) -> Sentence:

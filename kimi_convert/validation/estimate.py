@@ -1,13 +1,15 @@
 """What a validation will take, said before it starts: memory from the config, time from a probe.
 
 A model runs one layer at a time, so memory is one layer of each model and the activations that are
-carried, whatever the depth. Time is what there is to read at the speed of this disk, and what there
-is to multiply at the speed of this processor, both tried out on a little of it.
+carried, whatever the depth; on a GPU that is its own memory. Time is what there is to read at the
+speed of this disk, and what there is to multiply at the speed of this processor, both tried out on
+a little of it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ _WIDTHS_IN_A_LAYER = 12  # arrays as wide as a mixer's heads or a dense feed-for
 class Estimate:
     """Before the first layer is loaded."""
 
+    device: str  # that the layers run on
     layer_bytes: int  # the largest layer of each model, in the dtype that it runs in
     activation_bytes: int  # carried from layer to layer, and made inside one
     read_bytes: int  # from files, all passes together
@@ -46,8 +49,13 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """Program, one layer and activations."""
-        return PROCESS_BYTES + self.layer_bytes + self.activation_bytes
+        """On the device: one layer and activations, and on a CPU the program."""
+        return self.fixed_bytes + self.activation_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """The same without activations."""
+        return self.layer_bytes + (0 if _is_cuda(self.device) else PROCESS_BYTES)
 
     @property
     def seconds(self) -> float:
@@ -91,13 +99,14 @@ def estimate_validation(
     tokens += streams * options.max_tokens
     loaded = configs if measured else configs[:1]
     return Estimate(
+        device=options.device,
         layer_bytes=sum(largest_part_bytes(one, dtype) for one in loaded),
         activation_bytes=_activation_bytes(config, options, streams=streams),
         read_bytes=read,
         passes=passes,
-        bytes_per_second=_reading_speed(checkpoint, dtype),
+        bytes_per_second=_reading_speed(checkpoint, dtype, device=options.device),
         operations=2 * active_parameters(config) * tokens,
-        operations_per_second=_multiplying_speed(config, dtype),
+        operations_per_second=_multiplying_speed(config, dtype, device=options.device),
     )
 
 
@@ -107,7 +116,7 @@ def require_memory(estimate: Estimate, *, where: Path) -> None:
     Raises:
         ResourceError: it does not.
     """
-    needed, free = PROCESS_BYTES + estimate.layer_bytes, free_memory_bytes()
+    needed, free = estimate.fixed_bytes, _free_bytes(estimate.device)
     if free is not None and free < needed:
         raise ResourceError(
             "not enough memory for one layer",
@@ -116,6 +125,19 @@ def require_memory(estimate: Estimate, *, where: Path) -> None:
             found=f"{sized(free)} free",
             hint="Use --dtype bfloat16, or leave out --teacher.",
         )
+
+
+def too_large(configs: Iterable[ModelConfig], options: ValidationOptions) -> str | None:
+    """Say why the larger of some models cannot be loaded as a whole here, or return None."""
+    needed = max(
+        sum(_size(entry) * _item_bytes(entry, options.torch_dtype) for entry in entries)
+        for entries in map(expected_entries, configs)
+    )
+    device = torch.device(options.device)
+    free = free_memory_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is None or PROCESS_BYTES + needed <= free:
+        return None
+    return f"a whole model takes {sized(needed)}, and {sized(free)} are free"
 
 
 def largest_part_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -162,14 +184,24 @@ def _activation_bytes(config: ModelConfig, options: ValidationOptions, *, stream
     return carried * config.hidden_size * item + inside + (_LOGITS_BYTES if streams else 0)
 
 
-def _reading_speed(checkpoint: Path, dtype: torch.dtype) -> float:
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _free_bytes(device: str) -> int | None:
+    """Return what may still be taken where the layers run, or None where that is not known."""
+    return torch.cuda.mem_get_info(device)[0] if _is_cuda(device) else free_memory_bytes()
+
+
+def _reading_speed(checkpoint: Path, dtype: torch.dtype, *, device: str) -> float:
     """Read the first part of the largest tensor, as a layer is loaded; return bytes per second."""
     index = open_index(checkpoint)
     largest = max(index.tensors.values(), key=lambda spec: spec.nbytes)
     started, done = time.perf_counter(), 0
     with CheckpointReader(index) as reader:
         for chunk in reader.chunks(largest.name):
-            torch.frombuffer(chunk, dtype=torch.uint8).clone()  # as every weight is copied
+            read = torch.frombuffer(chunk, dtype=torch.uint8)
+            torch.empty_like(read, device=device).copy_(read)  # as every weight is copied
             done += len(chunk)
             if done >= _PROBE_BYTES:
                 break
@@ -177,12 +209,21 @@ def _reading_speed(checkpoint: Path, dtype: torch.dtype) -> float:
     return done / max(time.perf_counter() - started, 1e-9) / widening
 
 
-def _multiplying_speed(config: ModelConfig, dtype: torch.dtype) -> float:
+def _multiplying_speed(config: ModelConfig, dtype: torch.dtype, *, device: str) -> float:
     """Multiply by a matrix of the model's width for a moment; return operations per second."""
     width = config.hidden_size
-    x, weight = torch.zeros(64, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
+    x = torch.zeros(64, width, dtype=dtype, device=device)
+    weight = torch.zeros(width, width, dtype=dtype, device=device)
+    finished = torch.cuda.synchronize if _is_cuda(device) else _already
+    torch.mm(x, weight)  # the first call loads a library
+    finished()
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < _PROBE_SECONDS:
         torch.mm(x, weight)
         count += 1
+    finished()
     return 2 * 64 * width * width * count / (time.perf_counter() - started)
+
+
+def _already() -> None:
+    """Wait for nothing: a CPU is done when a call returns."""

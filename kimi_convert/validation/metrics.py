@@ -75,6 +75,37 @@ class RelativeSquaredError:
         return self._error / self._size
 
 
+class Alignment:
+    """The angle between two outputs and the ratio of their lengths, over all values at once."""
+
+    def __init__(self) -> None:
+        """Start with no values."""
+        self._product = 0.0
+        self._found = 0.0
+        self._expected = 0.0
+
+    def add(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Take two tensors of the same shape into the sums."""
+        wide = torch.promote_types(found.dtype, torch.float32)
+        product = found.to(wide) * expected.to(wide)
+        self._product += product.sum(dtype=torch.float64).item()
+        self._found += _squares(found)
+        self._expected += _squares(expected)
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle; 0 if either is zero."""
+        lengths = math.sqrt(self._found * self._expected)
+        return self._product / lengths if lengths else 0.0
+
+    @property
+    def norm_ratio(self) -> float:
+        """The length found over the one expected; infinite where only the latter is zero."""
+        if self._expected == 0:
+            return 0.0 if self._found == 0 else math.inf
+        return math.sqrt(self._found / self._expected)
+
+
 class MaxRelativeError:
     """The largest |found - expected| over the largest |expected|; NaN if any value is NaN."""
 

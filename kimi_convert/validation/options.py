@@ -23,6 +23,9 @@ class Check(StrEnum):
     CONSISTENCY = "consistency"  # the same tokens in every form give the same logits
     QUALITY = "quality"  # loss on a text, and the distance to a teacher
     ABLATION = "ablation"  # the same with the converted mixers switched off
+    REPLACEMENT = "replacement"  # the teacher with one layer of the checkpoint at a time
+    PROBES = "probes"  # copying, induction and recall of pairs
+    GREEDY = "greedy"  # how long both models write the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,7 @@ class ValidationOptions:
     max_tokens_per_kind: int = 10240  # so that the first kind of a file does not take everything
     batch_rows: int = 8  # sequences that run side by side
     consistency_tokens: int = 128  # of each of at most two sequences
+    greedy_tokens: int = 64  # that both models write after each prompt
     dtype: str = "float32"  # of weights and activations, one of DTYPES
     device: str = "cpu"
     backend: str | None = None  # of kernels, one of BACKENDS; None takes Triton on a GPU
@@ -49,6 +53,7 @@ class ValidationOptions:
             "max_tokens_per_kind",
             "batch_rows",
             "consistency_tokens",
+            "greedy_tokens",
         ):
             if getattr(self, name) < 1:
                 raise UsageError(

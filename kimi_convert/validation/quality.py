@@ -7,8 +7,9 @@ verdict; the numbers have no bound.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +18,15 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import CheckpointError, VerificationError
 from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.dynamics import MixerDynamics, mixer_dynamics
 from kimi_convert.model.loading import LayerLoader, open_layers
+from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
-from kimi_convert.validation.metrics import RelativeSquaredError
+from kimi_convert.validation.layer_sums import LayerSums
 from kimi_convert.validation.options import Check, ValidationOptions
+from kimi_convert.validation.probe_streams import ProbeStreams, probes_of
+from kimi_convert.validation.replacement import TOKENS as REPLACED_TOKENS
+from kimi_convert.validation.replacement import Replacements
 from kimi_convert.validation.report import LayerErrors, ModelScores, QualityReport
 from kimi_convert.validation.scores import Stream, score_tokens, summarise
 
@@ -35,12 +41,19 @@ class _Streams:
 
 
 @dataclass(frozen=True, slots=True)
-class _LayerSums:
-    """The errors of one layer while they are added up over batches."""
+class _Beside:
+    """What runs beside the text, each through the layers that are loaded for it."""
 
-    hidden: RelativeSquaredError = field(default_factory=RelativeSquaredError)
-    mixer_output: RelativeSquaredError = field(default_factory=RelativeSquaredError)
-    teacher_forced: RelativeSquaredError = field(default_factory=RelativeSquaredError)
+    probes: ProbeStreams
+    replaced: Replacements | None
+
+    def advance(
+        self, student: DecoderLayer, teacher: DecoderLayer | None, guide: torch.Tensor | None
+    ) -> None:
+        """Take everything through one layer; `guide` is the teacher's hidden state before it."""
+        self.probes.advance(student, teacher)
+        if self.replaced is not None and teacher is not None and guide is not None:
+            self.replaced.advance(student, teacher, guide)
 
 
 @torch.inference_mode()
@@ -65,27 +78,31 @@ def measure_quality(
         streams = _embed(student, guide, text.tokens[:, :-1].to(options.device))
         if converted and Check.ABLATION in options.checks:
             streams.ablated = streams.student.clone()
-        layers: list[LayerErrors] = []
+        beside = _beside(student, guide, text, options)
+        sums: list[LayerSums] = []
         num_layers = student.config.num_layers
         for layer_idx in range(num_layers):
             on_progress(ProgressEvent("running layers", layer_idx, num_layers, "layers"))
-            sums = _run_layer(
+            found = _run_layer(
                 student.layer(layer_idx),
                 guide.layer(layer_idx) if guide else None,
                 streams,
+                beside,
                 switched_off=layer_idx in converted,
                 batch_rows=options.batch_rows,
             )
             _check_finite(streams, checkpoint, teacher, layer_idx)
-            if guide:
-                layers.append(_layer_errors(student, layer_idx, converted, sums))
+            sums.append(found)
         on_progress(ProgressEvent("running layers", num_layers, num_layers, "layers"))
         scores = _score(student, guide, streams, text, on_progress)
+        layers = _layer_errors(student, guide, streams, beside, sums)
+        probes = tuple(beside.probes.results(student.head(), guide.head() if guide else None))
     return QualityReport(
         student=scores["student"],
         teacher=scores.get("teacher"),
         ablated=scores.get("ablated"),
-        layers=tuple(layers),
+        layers=layers,
+        probes=probes,
     )
 
 
@@ -114,28 +131,52 @@ def _embed(student: LayerLoader, teacher: LayerLoader | None, tokens: torch.Tens
     )
 
 
+def _beside(
+    student: LayerLoader, teacher: LayerLoader | None, text: PackedText, options: ValidationOptions
+) -> _Beside:
+    """Start the probes with ids of the text that are no marks, and the replaced streams."""
+    config, rows = student.config, len(text.tokens)
+    marks = {config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
+    ids = [token for token in text.tokens.unique().tolist() if token not in marks]
+    wanted = Check.PROBES in options.checks
+    drawn = probes_of(torch.tensor(ids), seed=options.seed) if wanted else ()
+    probes = ProbeStreams(drawn, options.batch_rows)
+    of_teacher = teacher.embedding() if teacher else None
+    probes.embed(student.embedding(), of_teacher, torch.device(options.device))
+    if teacher is None or Check.REPLACEMENT not in options.checks:
+        return _Beside(probes, None)
+    rows = max(1, min(rows, REPLACED_TOKENS // (text.tokens.shape[1] - 1)))
+    return _Beside(probes, Replacements(rows))
+
+
 def _run_layer(
     student: DecoderLayer,
     teacher: DecoderLayer | None,
     streams: _Streams,
+    beside: _Beside,
     *,
     switched_off: bool,
     batch_rows: int,
-) -> _LayerSums:
+) -> LayerSums:
     """Advance every stream by one layer, in place, a batch of sequences at a time."""
-    sums = _LayerSums()
+    sums = LayerSums(dynamics=_dynamics(student, streams.student[:batch_rows]))
+    beside.advance(student, teacher, streams.teacher)
     for start in range(0, len(streams.student), batch_rows):
         rows = slice(start, start + batch_rows)
         before = streams.student[rows]
         mixed = student.mix(before)
-        after = _finish(student, before, mixed)
+        with chosen_experts(student) as chosen:
+            after = _finish(student, before, mixed)
         if teacher is not None:
             assert streams.teacher is not None
             guide = streams.teacher[rows]
             expected = teacher.mix(guide)
             sums.mixer_output.add(mixed, expected)
+            sums.alignment.add(mixed, expected)
             sums.teacher_forced.add(student.mix(guide), expected)
-            streams.teacher[rows] = _finish(teacher, guide, expected)
+            with chosen_experts(teacher) as expected_experts:
+                streams.teacher[rows] = _finish(teacher, guide, expected)
+            sums.routing.add(chosen, expected_experts)
             sums.hidden.add(after, streams.teacher[rows])
         if streams.ablated is not None:
             bare = streams.ablated[rows]
@@ -167,16 +208,34 @@ def _check_finite(
         )
 
 
+def _dynamics(layer: DecoderLayer, hidden: torch.Tensor) -> MixerDynamics | None:
+    return None if layer.kda is None else mixer_dynamics(layer.kda, layer.input_norm(hidden))
+
+
 def _layer_errors(
-    student: LayerLoader, layer_idx: int, converted: frozenset[int], sums: _LayerSums
-) -> LayerErrors:
-    return LayerErrors(
-        layer_idx=layer_idx,
-        mixer="kda" if layer_idx in student.config.kda_layers else "mla",
-        converted=layer_idx in converted,
-        hidden=sums.hidden.value,
-        mixer_output=sums.mixer_output.value,
-        teacher_forced=sums.teacher_forced.value,
+    student: LayerLoader,
+    teacher: LayerLoader | None,
+    streams: _Streams,
+    beside: _Beside,
+    sums: Sequence[LayerSums],
+) -> tuple[LayerErrors, ...]:
+    if teacher is None:
+        return ()
+    assert streams.teacher is not None
+    config, converted = student.config, converted_layers(student.config, teacher.config)
+    alone: Sequence[float | None] = [None] * len(sums)
+    if beside.replaced is not None:
+        alone = beside.replaced.divergences(
+            teacher.head(), streams.teacher, vocab_size=config.vocab_size
+        )
+    return tuple(
+        one.errors(
+            layer_idx,
+            mixer="kda" if layer_idx in config.kda_layers else "mla",
+            converted=layer_idx in converted,
+            replaced_kl=kl,
+        )
+        for layer_idx, (one, kl) in enumerate(zip(sums, alone, strict=True))
     )
 
 

@@ -6,14 +6,9 @@ share of answers that are the most likely next token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-_ROWS = 8  # sequences in one call
-
-Model = Callable[[torch.Tensor], torch.Tensor]  # tokens [B, T] -> logits [B, T, vocab]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +18,15 @@ class ProbeTokens:
     tokens: torch.Tensor  # [N, T + 1]
     asked: torch.Tensor  # [N, T] bool: whether the token after this one is an answer
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """What a model is given, [N, T]."""
+        return self.tokens[:, :-1]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeScore:
-    """What a model reached."""
-
-    accuracy: float
-    answers: int
+    @property
+    def answers(self) -> torch.Tensor:
+        """The tokens that are asked for, [n], in the order of `asked`."""
+        return self.tokens[:, 1:][self.asked]
 
 
 def copying_probe(token_ids: torch.Tensor, *, span: int, rows: int, seed: int) -> ProbeTokens:
@@ -84,17 +81,6 @@ def pairs_probe(token_ids: torch.Tensor, *, pairs: int, rows: int, seed: int) ->
     asked = torch.zeros(rows, 4 * pairs - 1, dtype=torch.bool)
     asked[:, 2 * pairs :: 2] = True
     return ProbeTokens(tokens=tokens, asked=asked)
-
-
-@torch.no_grad()
-def score_probe(model: Model, probe: ProbeTokens) -> ProbeScore:
-    """Run a model on a probe, a few sequences at a time."""
-    right = 0
-    for tokens, asked in zip(probe.tokens.split(_ROWS), probe.asked.split(_ROWS), strict=True):
-        found = model(tokens[:, :-1]).argmax(-1)
-        right += int((found == tokens[:, 1:])[asked].sum())
-    answers = int(probe.asked.sum())
-    return ProbeScore(accuracy=right / answers, answers=answers)
 
 
 def _drawn(token_ids: torch.Tensor, count: int, rows: int, seed: int) -> torch.Tensor:

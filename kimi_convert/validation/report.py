@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
+from kimi_convert.model.dynamics import MixerDynamics
 from kimi_convert.validation.options import Check, ValidationOptions
 
 FORMAT = 1
@@ -114,6 +115,52 @@ class LayerErrors:
     hidden: float  # the hidden state after the layer
     mixer_output: float  # each mixer on its own model's hidden state
     teacher_forced: float  # both mixers on the teacher's hidden state
+    cosine: float  # of the angle between both mixers' outputs, each on its own hidden state
+    norm_ratio: float  # the length of the student's over the teacher's
+    router_agreement: float | None  # share of chosen experts in common; None where dense
+    replaced_kl: float | None  # nats per token, with this layer alone in the teacher's place
+    dynamics: MixerDynamics | None  # of a KDA layer, on the first sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """How many answers of a probe are the most likely next token."""
+
+    name: str  # "copying", "induction" or "pairs"
+    size: int  # tokens of the span or before the last, or pairs
+    answers: int
+    student: float  # share of them
+    teacher: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """Where two greedy continuations of one prompt part."""
+
+    after: int  # tokens that are equal
+    gap: float  # nats, between the teacher's own token and the student's, by the teacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyAgreement:
+    """Greedy continuations of teacher and student, prompt by prompt, up to where they part."""
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    agreed: float  # share of new tokens before the parting
+    partings: tuple[Parting | None, ...]  # None where there is none
+    near_tie: float  # nats: a parting with a smaller gap says little
+
+    @property
+    def near_ties(self) -> int:
+        """How many partings are near ties."""
+        return sum(one is not None and one.gap <= self.near_tie for one in self.partings)
+
+    @property
+    def whole(self) -> int:
+        """How many continuations are equal to their end."""
+        return sum(one is None for one in self.partings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +171,8 @@ class QualityReport:
     teacher: ModelScores | None
     ablated: ModelScores | None  # the student with the output of converted mixers set to zero
     layers: tuple[LayerErrors, ...]  # empty without a teacher
+    probes: tuple[ProbeResult, ...] = ()
+    greedy: GreedyAgreement | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

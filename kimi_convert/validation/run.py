@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_convert.checkpoints.signing import check_signature
@@ -15,7 +15,13 @@ from kimi_convert.kernels.backend import resolve_backend
 from kimi_convert.model.backend import usable_device
 from kimi_convert.validation.consistency import measure_consistency
 from kimi_convert.validation.environment import this_environment
-from kimi_convert.validation.estimate import Estimate, estimate_validation, require_memory
+from kimi_convert.validation.estimate import (
+    Estimate,
+    estimate_validation,
+    require_memory,
+    too_large,
+)
+from kimi_convert.validation.greedy import measure_greedy
 from kimi_convert.validation.integrity import TENSORS, check_integrity
 from kimi_convert.validation.options import Check, ValidationOptions
 from kimi_convert.validation.quality import converted_layers, measure_quality
@@ -38,6 +44,10 @@ from kimi_convert.validation.sample import (
 # A checkpoint with such errors is not run: its numbers would say nothing.
 _DAMAGE = (TENSORS, Check.VALUES)
 _DEFAULTS = ValidationOptions()
+# What is measured on a text; nothing of it without quality.
+_MEASURED = frozenset(
+    (Check.QUALITY, Check.ABLATION, Check.REPLACEMENT, Check.PROBES, Check.GREEDY)
+)
 
 
 def validate_checkpoint(
@@ -93,13 +103,22 @@ def validate_checkpoint(
         checkpoint, config, checks=options.checks, on_progress=on_progress
     )
     signed_files, forged = _signature(checkpoint, public_key)
-    not_run = _not_run(options, sample, found, converted=converted_layers(config, guide))
+    not_run = _not_run(
+        options,
+        sample,
+        found,
+        converted=converted_layers(config, guide),
+        has_teacher=teacher is not None,
+        too_large=too_large(filter(None, (config, guide)), options),
+    )
     skipped = {one.check for one in not_run}
     job = _Job(checkpoint, teacher, config, options, on_progress)
     consistency, inconsistent = (
         (None, ()) if Check.CONSISTENCY in skipped else _consistency(job, sample)
     )
     quality, unmeasured = (None, ()) if Check.QUALITY in skipped else _quality(job, sample)
+    if quality is not None and Check.GREEDY not in skipped:
+        quality = _with_greedy(job, sample, quality)
     return ValidationReport(
         checkpoint=str(checkpoint),
         model_type=config.model_type,
@@ -179,24 +198,28 @@ def _not_run(
     found: Iterable[Finding],
     *,
     converted: frozenset[int],
+    has_teacher: bool,
+    too_large: str | None,
 ) -> tuple[NotRun, ...]:
     """Say which checks are not made; the first reason that holds is given."""
     damaged = any(
         finding.severity is Severity.ERROR and finding.check in _DAMAGE for finding in found
     )
-    runs = {Check.CONSISTENCY, Check.QUALITY, Check.ABLATION}
+    compared = () if has_teacher else {Check.REPLACEMENT, Check.GREEDY}
     reasons = (
         (frozenset(Check) - options.checks, "left out by the options"),
-        (runs if damaged else (), "the checkpoint is damaged"),
-        ({Check.QUALITY} if sample is None else (), "no text was given"),
+        ({Check.CONSISTENCY, *_MEASURED} if damaged else (), "the checkpoint is damaged"),
+        (_MEASURED if sample is None else (), "no text was given"),
         ({Check.ABLATION} if not converted else (), "no teacher with other mixers was given"),
+        (compared, "no teacher was given"),
+        (() if too_large is None else {Check.GREEDY}, too_large or ""),
     )
     why: dict[Check, str] = {}
     for checks, reason in reasons:
         for check in checks:
             why.setdefault(check, reason)
     if Check.QUALITY in why:
-        why.setdefault(Check.ABLATION, why[Check.QUALITY])
+        why |= {check: why[Check.QUALITY] for check in _MEASURED if check not in why}
     return tuple(NotRun(check, why[check]) for check in Check if check in why)
 
 
@@ -239,3 +262,16 @@ def _quality(job: _Job, sample: Sample | None) -> tuple[QualityReport | None, tu
             Finding(Severity.ERROR, Check.QUALITY, error.where, error.message, found=error.found),
         )
     return report, ()
+
+
+def _with_greedy(job: _Job, sample: Sample | None, quality: QualityReport) -> QualityReport:
+    assert sample is not None
+    assert job.teacher is not None
+    greedy = measure_greedy(
+        job.checkpoint,
+        sample.packed.tokens[:, :-1],
+        teacher=job.teacher,
+        options=job.options,
+        on_progress=job.on_progress,
+    )
+    return replace(quality, greedy=greedy)

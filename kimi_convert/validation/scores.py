@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
+from kimi_convert.model.positions import position_ranges
 from kimi_convert.validation.metrics import (
     forward_kl,
     perplexity,
@@ -18,8 +18,6 @@ from kimi_convert.validation.metrics import (
 )
 from kimi_convert.validation.report import ModelScores, PositionScores, Scores
 
-# Positions are split where the number of tokens before them passes these.
-_POSITION_EDGES = (64, 256, 1024, 4096)
 # One matrix of logits; about five of that size exist at a time.
 _LOGITS_BYTES = 32 * 1024 * 1024
 
@@ -85,7 +83,7 @@ def summarise(scores: TokenScores, kinds: Sequence[str]) -> ModelScores:
         by_kind={kind: _mean(scores, where, slice(None)) for kind, where in rows.items()},
         by_position=tuple(
             PositionScores(start, stop, _mean(scores, slice(None), slice(start, stop)))
-            for start, stop in _ranges(scores.loss.shape[1])
+            for start, stop in position_ranges(scores.loss.shape[1])
         ),
     )
 
@@ -128,8 +126,3 @@ def _mean(scores: TokenScores, rows: slice | list[int], positions: slice) -> Sco
         if agrees is None
         else agrees[rows][:, positions].double().mean().item(),
     )
-
-
-def _ranges(length: int) -> list[tuple[int, int]]:
-    edges = [0, *(edge for edge in _POSITION_EDGES if edge < length), length]
-    return list(pairwise(edges))

@@ -24,8 +24,12 @@ class LayerFit:
     error: float  # of the mixer's output in the student's stream, validation tokens
     cosine: float  # of the angle between it and its target there
     norm_ratio: float  # its length over the target's
+    stream_error: float  # what is left in the stream after it, over the teacher's stream
+    router_agreement: float | None  # share of experts in common with the teacher; None where dense
+    head_errors: tuple[float, ...]  # of the teacher's heads, each read from the same head alone
     half_life: float | None  # tokens; the median over heads of their medians, None where MLA
     beta: float | None  # the mean over heads
+    eps_share: float | None  # of outputs below the eps of their norm, the mean over heads
     bases: Mapping[str, int]  # that the search chose for q and k -> in how many heads
     output: str  # which output matrix is used: "solved" unless it did harm
     search: Mapping[str, object] = field(repr=False)  # what the search noted
@@ -41,8 +45,11 @@ class LayerFit:
             "error": self.error,
             "cosine": self.cosine,
             "norm_ratio": self.norm_ratio,
+            "stream_error": self.stream_error,
+            "router_agreement": self.router_agreement,
             "half_life": self.half_life,
             "beta": self.beta,
+            "eps_share": self.eps_share,
             "bases": dict(self.bases),
             "search": dict(self.search),
             "solved": dict(self.solved),
@@ -54,6 +61,7 @@ def layer_fit(
     *,
     kl_as_kda: float,
     kl_as_mla: float,
+    router_agreement: float | None,
     search: Mapping[str, Any],
     solved: Mapping[str, Any],
 ) -> LayerFit:
@@ -61,6 +69,7 @@ def layer_fit(
     choices: list[dict[str, str]] = search.get("choices", [])
     half_lives: list[list[float]] = solved.get("half_lives", [])
     beta: list[float] = solved.get("beta", [])
+    eps_share: list[float] = solved.get("eps_share", [])
     return LayerFit(
         layer_idx=layer_idx,
         mixer=solved["mixer"],
@@ -69,8 +78,12 @@ def layer_fit(
         error=solved["error"],
         cosine=solved["cosine"],
         norm_ratio=solved["norm_ratio"],
+        stream_error=solved["stream_error"],
+        router_agreement=router_agreement,
+        head_errors=tuple(head["error"] for head in solved["heads"]),
         half_life=median(head[1] for head in half_lives) if half_lives else None,
         beta=fmean(beta) if beta else None,
+        eps_share=fmean(eps_share) if eps_share else None,
         bases=dict(Counter(head.get("basis", _FIRST_BASIS) for head in choices).most_common()),
         output=solved["output"],
         search=search,

@@ -28,7 +28,6 @@ from kimi_convert.conversion.calibration.choice import (
 from kimi_convert.conversion.calibration.distill import DistillInput, distill, outcome_from
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.hybrid import Hybrid
-from kimi_convert.conversion.calibration.outcome import Outcome
 from kimi_convert.conversion.calibration.report import (
     CalibrationReport,
     KeptSet,
@@ -37,6 +36,7 @@ from kimi_convert.conversion.calibration.report import (
 )
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
+    SolvedStudent,
     fitted_name,
     fitted_student,
     solve_in_order,
@@ -103,7 +103,7 @@ def calibrate(
         run = _Run(teacher, recipe, recipe.calibration, rows, store, on_progress)
         study, choice = run.study()
         settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
-        outcome = run.solve(settled)
+        solved = run.solve(settled)
         distilled = run.distill(settled)
     report = CalibrationReport(
         text_name=path.name,
@@ -115,8 +115,8 @@ def calibrate(
             KeptSet(kept=kept, kl=kl, longest_run=longest_run(kept, config.num_layers))
             for kept, kl in choice.kl_of.items()
         ),
-        layers=tuple(_layer_fit(n, study, store) for n in range(config.num_layers)),
-        validation=outcome if distilled is None else outcome_from(distilled),
+        layers=tuple(_layer_fit(n, study, solved, store) for n in range(config.num_layers)),
+        validation=solved.outcome if distilled is None else outcome_from(distilled),
         distilled=distilled,
     )
     return Calibration(recipe=settled, store=store, report=report)
@@ -150,7 +150,7 @@ class _Run:
         choice = choose_layers(self.teacher, given, study, sets, self.store, self.on_progress)
         return study, choice
 
-    def solve(self, settled: Recipe) -> Outcome:
+    def solve(self, settled: Recipe) -> SolvedStudent:
         """Solve the layers of the settled hybrid in order."""
         return solve_in_order(
             self.teacher, self._sequential(settled), self.store, self.on_progress
@@ -208,11 +208,14 @@ def _latest(store: CalibrationStore, layer_idx: int) -> str:
     return name if store.has(_DISTILLED) else fitted_name(layer_idx)
 
 
-def _layer_fit(layer_idx: int, study: Study, store: CalibrationStore) -> LayerFit:
+def _layer_fit(
+    layer_idx: int, study: Study, solved: SolvedStudent, store: CalibrationStore
+) -> LayerFit:
     return layer_fit(
         layer_idx,
         kl_as_kda=study.kl_as_kda[layer_idx],
         kl_as_mla=study.kl_as_mla[layer_idx],
+        router_agreement=solved.router_agreement[layer_idx],
         search=store.record(part_name(layer_idx)),
         solved=store.record(fitted_name(layer_idx)),
     )

@@ -22,6 +22,7 @@ from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.align import align_mixer
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
 from kimi_convert.conversion.calibration.dynamics import dynamics_of
+from kimi_convert.conversion.calibration.head_errors import head_errors
 from kimi_convert.conversion.calibration.layer_errors import errors_of_layer
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.outputs import solve_output
@@ -37,6 +38,7 @@ from kimi_convert.conversion.calibration.students import (
 from kimi_convert.conversion.calibration.study import part_name
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
+from kimi_convert.model.router_agreement import RouterAgreement, chosen_experts
 
 _STAGE = "solving outputs"
 
@@ -52,18 +54,28 @@ class SequentialInput:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedStudent:
+    """What the whole student is worth on validation tokens."""
+
+    outcome: Outcome
+    router_agreement: tuple[float | None, ...]  # per layer, of experts in common; None where dense
+
+
 def solve_in_order(
     teacher: LayerLoader,
     given: SequentialInput,
     store: CalibrationStore,
     on_progress: ProgressCallback,
-) -> Outcome:
+) -> SolvedStudent:
     """Go through both models once. Layers that the store has are not solved again."""
     tokens = given.text.inputs
     embed = teacher.embedding()
     guide = make_stream(tokens, embed, spill=store.folder)
     stream = make_stream(tokens, embed, spill=store.folder)
     num_layers = teacher.config.num_layers
+    check = slice(len(tokens) - given.text.validation_rows, None)
+    agreements: list[RouterAgreement] = []
     for layer_idx in range(num_layers):
         on_progress(ProgressEvent(_STAGE, layer_idx, num_layers, "layers"))
         layer = teacher.layer(layer_idx)
@@ -74,12 +86,22 @@ def solve_in_order(
                 _Solver(layer, layer_idx, given, store).solve(guide, stream, mixed)
         part = store.tensors(name)
         student, matrix = fitted_student(layer, layer_idx, part, given)
+        agreements.append(RouterAgreement())
         for rows in batches(len(stream)):
-            advance(stream, layer, student.features(layer.input_norm(stream[rows])) @ matrix, rows)
-            advance(guide, layer, mixed[rows], rows)
+            output = student.features(layer.input_norm(stream[rows])) @ matrix
+            with chosen_experts(layer) as found:
+                advance(stream, layer, output, rows)
+            with chosen_experts(layer) as expected:
+                advance(guide, layer, mixed[rows], rows)
+            unchecked = max(0, check.start - rows.start) * tokens.shape[1]
+            agreements[-1].add(
+                [one[unchecked:] for one in found], [one[unchecked:] for one in expected]
+            )
     on_progress(ProgressEvent(_STAGE, num_layers, num_layers, "layers"))
-    check = slice(len(tokens) - given.text.validation_rows, None)
-    return outcome_of(teacher.head(), guide[check], stream[check], given.text.tokens[check])
+    return SolvedStudent(
+        outcome=outcome_of(teacher.head(), guide[check], stream[check], given.text.tokens[check]),
+        router_agreement=tuple(one.value for one in agreements),
+    )
 
 
 def fitted_name(layer_idx: int) -> str:
@@ -116,12 +138,14 @@ class _Solver:
         searched = self.store.tensors(part_name(self.layer_idx))
         student = _without_output(self.layer, self.layer_idx, searched, self.given)
         rows = len(stream) - self.given.text.validation_rows
+        assert self.layer.mla is not None
         x = torch.cat([self.layer.input_norm(stream[part]) for part in batches(len(stream))])
         aim = guide + mixed - stream
         forced = self._forced(searched, student)
         aligned = self._align(student, forced, x[:rows], aim[:rows])
+        z = student.features(x)
         solved = solve_output(
-            student.features(x),
+            z,
             aim,
             validation_rows=self.given.text.validation_rows,
             others={"teacher-forced": forced},
@@ -136,6 +160,9 @@ class _Solver:
                 "mixer": student.prefix[:-1],
                 **solved.to_record(),
                 "stream_error": stream_error,
+                "heads": head_errors(
+                    self.layer.mla, self.layer.input_norm(guide[rows:]), z[rows:]
+                ),
                 **dynamics_of(student, x[rows:]),
                 **aligned,
             },

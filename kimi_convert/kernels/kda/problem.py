@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -12,9 +13,12 @@ TILE_K = 64  # key channels that `intra` takes at a time
 TILE_V = 64  # value channels that the gradients take at a time
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, which have no cached properties
 class Problem:
-    """Tensors are contiguous; T tokens of each of N sequences, or N packed ones where B is 1."""
+    """Tensors are contiguous; T tokens of each of N sequences, or N packed ones where B is 1.
+
+    Sizes are worked out once: a short call waits for nothing as long as for Python.
+    """
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -32,37 +36,37 @@ class Problem:
     chunk_offsets: Tensor | None  # [N + 1] int32: chunks before each sequence
     C: int  # tokens of a chunk, a power of two
 
-    @property
+    @cached_property
     def N(self) -> int:
         """Sequences."""
         return self.q.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
-    @property
+    @cached_property
     def T(self) -> int:
         """Tokens of a sequence, or of all where packed."""
         return self.q.shape[1]
 
-    @property
+    @cached_property
     def H(self) -> int:
         """Heads of q and k."""
         return self.q.shape[2]
 
-    @property
+    @cached_property
     def HV(self) -> int:
         """Heads of v, g, beta and the state."""
         return self.v.shape[2]
 
-    @property
+    @cached_property
     def K(self) -> int:
         """Width of a key."""
         return self.q.shape[3]
 
-    @property
+    @cached_property
     def V(self) -> int:
         """Width of a value."""
         return self.v.shape[3]
 
-    @property
+    @cached_property
     def BK(self) -> int:
         """K, padded to a power of two; to no less than the key channels that `intra` takes at a time.
 
@@ -71,22 +75,22 @@ class Problem:
         """
         return max(padded(self.K), TILE_K)
 
-    @property
+    @cached_property
     def BV(self) -> int:
         """V, padded to a power of two that a matrix product takes."""
         return padded(self.V)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What matrix products are computed on: v's dtype."""
         return self.v.dtype
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         """Chunks of each sequence; of the longest possible one where packed."""
         return -(-self.T // self.C)
 
-    @property
+    @cached_property
     def total_chunks(self) -> int:
         """Chunks of all sequences; where packed, no fewer than there can be."""
         if self.cu_seqlens is None:
@@ -102,7 +106,7 @@ class Problem:
         width = self.V * values.itemsize
         return self.V % tile == 0 and width % 16 == 0 and values.data_ptr() % 16 == 0
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether the sequences lie one after another."""
         return self.cu_seqlens is not None
@@ -112,7 +116,7 @@ class Problem:
         """Sequences, padded to a power of two."""
         return padded(self.N) if self.packed else 1
 
-    @property
+    @cached_property
     def precision(self) -> str:
         """How fp32 operands are multiplied: in three tf32 products; of no effect for others."""
         return "tf32x3" if self.dtype == torch.float32 else "tf32"

@@ -27,6 +27,7 @@ class LayerRow:
     feed_forward: str  # "dense" or "experts"
     converted: bool  # KDA, and conversion.json says that the source had MLA
     how: str  # the operation that made the mixer's output matrix; empty where nothing says it
+    basis: str  # that most heads' queries and keys took, by conversion.json; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ def _conversion(checkpoint: Path) -> Mapping[str, object]:
 def _layer_map(config: ModelConfig, record: Mapping[str, object]) -> list[LayerRow]:
     tensors = as_object(record.get("tensors")) or {}
     moe = set(config.moe_layers)
+    bases = _bases(record)
     rows: list[LayerRow] = []
     for layer_idx in range(config.num_layers):
         output = as_object(tensors.get(f"model.layers.{layer_idx}.self_attn.o_proj.weight")) or {}
@@ -97,9 +99,23 @@ def _layer_map(config: ModelConfig, record: Mapping[str, object]) -> list[LayerR
                 feed_forward="experts" if layer_idx in moe else "dense",
                 converted=is_kda and bool(record),
                 how=str(output.get("op", "")),
+                basis=bases.get(layer_idx, "") if is_kda else "",
             )
         )
     return rows
+
+
+def _bases(record: Mapping[str, object]) -> dict[int, str]:
+    """Return layer -> the basis that most heads took, where a calibration notes it."""
+    calibration = as_object(record.get("calibration")) or {}
+    layers = calibration.get("layers")
+    found: dict[int, str] = {}
+    for layer_idx, one in enumerate(
+        cast("list[object]", layers) if isinstance(layers, list) else ()
+    ):
+        counts = as_object((as_object(one) or {}).get("bases")) or {}
+        found[layer_idx] = next(iter(counts), "")  # the commonest first
+    return found
 
 
 def _provenance(record: Mapping[str, object]) -> dict[str, str]:

@@ -6,13 +6,15 @@ nothing but its style sheet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
 
 from kimi_convert.validation.page.charts import charts_of
 from kimi_convert.validation.page.data import ReportData
+from kimi_convert.validation.page.quality import quality_sections
 from kimi_convert.validation.page.svg import svg_of
+from kimi_convert.validation.page.table import table_of
 from kimi_convert.validation.parity.report import ImplementationResult, PairError
 
 _STYLE = "style.css"
@@ -28,7 +30,7 @@ def page_of(data: ReportData) -> str:
         *_implementations(data),
         *_faults(data),
         *_matrix(data),
-        *_quality(data),
+        *quality_sections(data),
         *_provenance(data),
         "</main></body></html>\n",
     )
@@ -106,7 +108,7 @@ def _implementations(data: ReportData) -> Iterable[str]:
     yield "<p>Largest difference over largest value; KL in nats, of the worst token.</p>"
     columns = ("implementation", "dtype", "logits", "hidden", "states", "KL", "argmax", "greedy",
                "bound", "")  # fmt: skip
-    yield from _table(columns, [_cells(one) for one in data.parity.implementations])
+    yield from table_of(columns, [_cells(one) for one in data.parity.implementations])
     for absent in data.parity.absent:
         said = "Failed" if absent.failed else "Not compared"
         yield f"<p>{said}: {escape(absent.name)}. {escape(absent.why)}</p>"
@@ -175,34 +177,6 @@ def _pair(pair: PairError | None) -> str:
     return f'<td class="{state}">{pair.relative_error:.0e}</td>'
 
 
-def _quality(data: ReportData) -> Iterable[str]:
-    if data.quality is None:
-        return
-    models = {
-        "teacher": data.quality.teacher,
-        "this checkpoint": data.quality.student,
-        "converted mixers off": data.quality.ablated,
-    }
-    rows = [
-        (
-            name,
-            str(scores.overall.tokens),
-            f"{scores.overall.loss:.4f}",
-            f"{scores.overall.perplexity:.1f}",
-            "-" if scores.overall.kl is None else f"{scores.overall.kl:.4f}",
-            "-"
-            if scores.overall.top1_agreement is None
-            else f"{scores.overall.top1_agreement:.1%}",
-        )
-        for name, scores in models.items()
-        if scores is not None
-    ]
-    yield "<section><h2>Quality, nats per token</h2>"
-    columns = ("model", "tokens", "loss", "perplexity", "KL to teacher", "top-1 agreement")
-    yield from _table(columns, rows)
-    yield "</section>"
-
-
 def _provenance(data: ReportData) -> Iterable[str]:
     environment = data.parity.environment
     made = {
@@ -218,12 +192,3 @@ def _provenance(data: ReportData) -> Iterable[str]:
     yield from _facts({**data.provenance, **made})
     yield "</dl>"
     yield "</section>"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    yield f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>'
-    for first, *rest in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        yield f"<tr><th>{escape(first)}</th>{cells}</tr>"
-    yield "</tbody></table></div>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import UsageError, VerificationError
+from kimi_convert.validation.estimate import too_large
+from kimi_convert.validation.greedy import measure_greedy
 from kimi_convert.validation.options import ValidationOptions
 from kimi_convert.validation.page.charts import charts_of
 from kimi_convert.validation.page.data import ReportData, report_data
@@ -104,6 +107,15 @@ def _measure(
         found = measure_quality(
             checkpoint, sample.packed, teacher=teacher, options=options, on_progress=on_progress
         )
+        if teacher is not None and too_large((config, read_config(teacher)), options) is None:
+            greedy = measure_greedy(
+                checkpoint,
+                sample.packed.tokens[:, :-1],
+                teacher=teacher,
+                options=options,
+                on_progress=on_progress,
+            )
+            found = replace(found, greedy=greedy)
     except VerificationError:
         # Values that are not finite: the comparison has failed on them, and says where.
         return sample.facts, None

@@ -66,6 +66,37 @@ class OracleRunner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FlaRunner:
+    """flash-linear-attention's KDA layer in our model, on a GPU, in a process of its own."""
+
+    name: str = "fla"
+    what: str = "our model, its KDA mixers flash-linear-attention's layers, on a GPU"
+    module: str = "fla_layer"
+    numerics: Numerics = SERVED  # unit norm and sigmoid as its kernels do, eps as it is given
+    dtype: torch.dtype = torch.float32
+
+    def why_not(self, problem: Problem) -> str:
+        """It needs a GPU, layers to exchange, and the package that has the layer."""
+        if not problem.config.kda_layers:
+            return "the model has no KDA layers"
+        if not torch.cuda.is_available():
+            return "torch finds no GPU here"
+        # Without an import, which takes seconds; fla-core alone is an `fla` without layers.
+        spec = find_spec("fla")
+        places = [] if spec is None else spec.submodule_search_locations or []
+        if not any((Path(place) / _FLA_LAYER).is_file() for place in places):
+            return "fla.layers not installed; pip install flash-linear-attention"
+        return ""
+
+    def run(self, problem: Problem) -> Iterator[tuple[str, Trace]]:
+        """Yield a prefill and a decode; they share the continuation."""
+        yield from _asked(self.name, self.module, problem)
+
+
+_FLA_LAYER = Path("layers", "kda.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphRunner:
     """Something that runs an exported graph, in a process of its own."""
 

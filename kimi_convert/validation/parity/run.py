@@ -249,9 +249,8 @@ def _run_all(
     absent: list[Absent] = []
     for runner in runners:
         reason = runner.why_not(problem)
-        if reason and runner.name in asked:
-            raise UsageError(f"{runner.name} cannot run here", found=reason)
         if reason:
+            _require_unasked(runner, reason, asked)
             absent.append(Absent(name=runner.name, why=reason, failed=False))
             continue
         expected = references.trace(runner.numerics)
@@ -272,10 +271,17 @@ def _run_all(
                 )
                 started = time.perf_counter()
         except OracleDeclinedError as error:
+            _require_unasked(runner, str(error), asked)
             absent.append(Absent(name=runner.name, why=str(error), failed=False))
         except OracleFailedError as error:
             absent.append(Absent(name=runner.name, why=str(error), failed=True))
     return results, rows, absent
+
+
+def _require_unasked(runner: Runner, reason: str, asked: Sequence[str]) -> None:
+    """Refuse to leave out what was asked for by its name."""
+    if runner.name in asked:
+        raise UsageError(f"{runner.name} cannot run here", found=reason)
 
 
 def _judge(

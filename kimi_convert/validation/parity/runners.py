@@ -17,7 +17,11 @@ from kimi_convert.model.kda import KdaForm
 from kimi_convert.model.numerics import SERVED, TRANSFORMERS, Numerics
 from kimi_convert.validation.bounds import coarsest
 from kimi_convert.validation.parity.problem import Problem, Runner
-from kimi_convert.validation.parity.process_runners import GraphRunner, OracleRunner
+from kimi_convert.validation.parity.process_runners import (
+    FlaRunner,
+    GraphRunner,
+    OracleRunner,
+)
 from kimi_convert.validation.parity.torch_model import (
     TorchRun,
     continue_greedily,
@@ -106,7 +110,9 @@ RUNNERS: tuple[Runner, ...] = (
         name="triton",
         what="our model on Triton kernels, on a GPU",
         setting=TorchRun(backend=Backend.TRITON, device="cuda"),
+        continues=True,
     ),
+    FlaRunner(),
     OracleRunner(
         name="transformers",
         what="transformers' own class",

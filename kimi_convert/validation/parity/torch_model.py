@@ -61,6 +61,7 @@ class TorchRun:
     device: str = "cpu"
     backend: Backend | None = Backend.TORCH
     numerics: Numerics = SERVED
+    exchange: Callable[[DecoderLayer], None] | None = None  # what is done to every loaded layer
 
 
 @torch.inference_mode()
@@ -95,6 +96,8 @@ def trace_checkpoint(
         for layer_idx in range(num_layers):
             on_progress(ProgressEvent(label, layer_idx, num_layers, "layers"))
             layer = layers.layer(layer_idx)
+            if run.exchange is not None:
+                run.exchange(layer)
             follower = _follower(layer, layer_idx, follow, groups=groups_of(layers.config))
             hidden, found = _run_layer(layer, hidden, cache.layers[layer_idx], run, follower)
             rerouted += follower.followed if follower else 0
@@ -110,6 +113,10 @@ def continue_greedily(folder: Path, prompt: Sequence[int], count: int, run: Torc
     model = load_model(
         folder, dtype=run.dtype, device=run.device, numerics=run.numerics, backend=run.backend
     )
+    if run.exchange is not None:
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            run.exchange(layer)
     cache = new_cache(model.config, 1, dtype=run.dtype, device=run.device)
     pending = torch.tensor([list(prompt)], device=run.device)
     rows: list[torch.Tensor] = []

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.cli import main
+from kimi_convert.commands._options import CheckName
 from kimi_convert.conversion import fitted
 from kimi_convert.errors import ResourceError
+from kimi_convert.validation import Check
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
 
@@ -44,6 +46,10 @@ def spoil(folder):
     tensors = load_file(path)
     tensors["model.embed_tokens.weight"][3, 3] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_checks_that_can_be_skipped_are_all_of_them():
+    assert set(CheckName) == set(Check)
 
 
 def test_inspect_shows_every_architecture(capsys, checkpoint):

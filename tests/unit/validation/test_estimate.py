@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from kimi_convert.commands.validate import estimate_text
 from kimi_convert.errors import ResourceError
 from kimi_convert.model.loading import open_layers
 from kimi_convert.validation.estimate import (
@@ -41,6 +43,7 @@ def test_largest_layer_is_the_size_of_what_is_loaded(checkpoint, dtype):
 def test_a_token_meets_its_experts_alone():
     dense = tiny_config("kimi_linear", first_k_dense_replace=4)
     assert active_parameters(CONFIG) != active_parameters(dense)
+    assert CONFIG.moe is not None
     every = replace(CONFIG.moe, num_experts_per_token=8)
     more = active_parameters(replace(CONFIG, moe=every)) - active_parameters(CONFIG)
     assert more == 3 * (5 * 3 * 24 * 32)  # layers x experts not chosen x weights of one
@@ -75,6 +78,16 @@ def test_a_layer_that_does_not_fit_is_refused_before_it_is_read(checkpoint, monk
     with pytest.raises(ResourceError, match="one layer"):
         require_memory(found, where=checkpoint)
     assert run_here("validate", checkpoint).returncode == 5
+
+
+def test_memory_of_a_gpu_is_what_counts_where_layers_run_there(checkpoint, monkeypatch):
+    found = replace(estimate_validation(checkpoint, options=OPTIONS), device="cuda:1")
+    for free, fits in ((found.layer_bytes, True), (found.layer_bytes - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda at, free=free: (free, 0))
+        with nullcontext() if fits else pytest.raises(ResourceError, match="one layer"):
+            require_memory(found, where=checkpoint)
+    assert estimate_text(found).startswith("Estimate: ")
+    assert "of memory on cuda:1" in estimate_text(found)
 
 
 def test_estimate_is_printed_first(checkpoint):

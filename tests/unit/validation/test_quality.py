@@ -11,8 +11,10 @@ import torch
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.errors import CheckpointError, VerificationError
 from kimi_convert.model.loading import LayerLoader, load_model
+from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
 from kimi_convert.validation.options import Check, ValidationOptions
+from kimi_convert.validation.probe_streams import probes_of
 from kimi_convert.validation.quality import converted_layers, measure_quality
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
 from tests.unit.validation.build import (
@@ -113,9 +115,85 @@ def test_model_is_no_distance_from_itself(config, tmp_path):
     overall = found.student.overall
     assert (overall.kl, overall.top1_agreement) == (0.0, 1.0)
     assert overall.loss == found.teacher.overall.loss
-    errors = [(one.hidden, one.mixer_output, one.teacher_forced) for one in found.layers]
-    assert errors == [(0.0, 0.0, 0.0)] * 4
+    errors = [
+        (one.hidden, one.mixer_output, one.teacher_forced, one.replaced_kl) for one in found.layers
+    ]
+    assert errors == [(0.0, 0.0, 0.0, 0.0)] * 4
+    assert [one.router_agreement for one in found.layers] == [None, 1.0, 1.0, 1.0]
+    assert [probe.student for probe in found.probes] == [probe.teacher for probe in found.probes]
     assert found.ablated is None
+
+
+@torch.inference_mode()
+def test_layer_replaced_alone_is_the_teacher_with_that_layer(pair, report):
+    text = random_text()
+    student, teacher = (load_model(folder) for folder in pair)
+    expected = log_probs(pair[1], text)
+    for layer_idx, found in enumerate(report.layers):
+        kept = teacher.layers[layer_idx]
+        teacher.layers[layer_idx] = student.layers[layer_idx]
+        replaced = teacher(text.tokens[:, :-1]).double().log_softmax(-1)
+        teacher.layers[layer_idx] = kept
+        kl = (expected.exp() * (expected - replaced)).sum(-1).mean().item()
+        assert found.replaced_kl == pytest.approx(kl, abs=FP32)
+
+
+@torch.inference_mode()
+def test_router_agreement_counts_experts_that_both_models_choose(pair, report):
+    text = random_text()
+    chosen = []
+    for folder in pair:
+        hidden, experts = load_model(folder).embed(text.tokens[:, :-1]), []
+        for layer in load_model(folder).layers:
+            with chosen_experts(layer) as found:
+                hidden = layer(hidden)
+            experts.append(found[0] if found else None)
+        chosen.append(experts)
+    for found, ours, theirs in zip(report.layers, *chosen, strict=True):
+        if ours is None:
+            assert found.router_agreement is None
+            continue
+        pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
+        common = sum(len(set(a) & set(b)) for a, b in pairs)
+        assert found.router_agreement == common / ours.numel()
+        assert 0 < found.router_agreement < 1
+
+
+@torch.inference_mode()
+def test_cosine_and_length_are_those_of_the_two_outputs(pair, report):
+    tokens = random_text().tokens[:, :-1]
+    ours, theirs = (
+        load_model(folder).layers[0].mix(load_model(folder).embed(tokens)).flatten()
+        for folder in pair
+    )
+    cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
+    assert report.layers[0].cosine == pytest.approx(cosine, abs=FP32)
+    ratio = (ours.norm() / theirs.norm()).item()
+    assert report.layers[0].norm_ratio == pytest.approx(ratio, rel=FP32)
+
+
+@torch.inference_mode()
+def test_probes_are_those_of_whole_models(pair, report):
+    text = random_text()
+    ids = [token for token in text.tokens.unique().tolist() if token > 2]  # 0 to 2 are marks
+    assert [(one.name, one.size) for one in report.probes] == [
+        ("copying", 64),
+        ("induction", 64),
+        ("pairs", 16),
+    ]
+    for found, one in zip(report.probes, probes_of(torch.tensor(ids), seed=0), strict=True):
+        for folder, share in zip(pair, (found.student, found.teacher), strict=True):
+            likeliest = load_model(folder)(one.probe.inputs).argmax(-1)[one.probe.asked]
+            expected = (likeliest == one.probe.answers).double().mean().item()
+            assert share == pytest.approx(expected)
+        assert found.answers == one.probe.asked.sum()
+
+
+def test_what_runs_beside_the_text_can_be_left_out(pair, report):
+    found = measure(*pair, checks=frozenset({Check.QUALITY}))
+    assert found.probes == ()
+    assert [layer.replaced_kl for layer in found.layers] == [None] * 4
+    assert found.student == report.student
 
 
 def test_mixer_that_is_switched_off_has_an_error_of_1(pair, tmp_path):

@@ -19,7 +19,13 @@ from kimi_convert.errors import (
 )
 from kimi_convert.kernels.kda import recurrent_kda
 from kimi_convert.model import kda
-from kimi_convert.validation import Check, Severity, ValidationOptions, validate_checkpoint
+from kimi_convert.validation import (
+    Check,
+    Severity,
+    ValidationOptions,
+    estimate,
+    validate_checkpoint,
+)
 from tests.tiny import tiny_config, write_tiny_checkpoint
 from tests.unit.validation.build import (
     TEACHER,
@@ -30,7 +36,8 @@ from tests.unit.validation.build import (
     write_token_ids,
 )
 
-SHORT = ValidationOptions(sequence_length=16, consistency_tokens=20, seed=4)
+MEASURED = (Check.QUALITY, Check.ABLATION, Check.REPLACEMENT, Check.PROBES, Check.GREEDY)
+SHORT = ValidationOptions(sequence_length=16, consistency_tokens=20, greedy_tokens=4, seed=4)
 
 
 def validate(checkpoint, **arguments):
@@ -64,6 +71,7 @@ def test_sound_checkpoint_passes_every_check(hybrid, teacher, text):
     assert report.consistency.tokens == "text"
     assert report.quality.student.overall.kl > 0
     assert report.quality.ablated is not None
+    assert report.quality.greedy.prompts == 4
     assert report.text.tokens_by_kind == {"a": 48, "b": 16}
 
 
@@ -94,13 +102,19 @@ def test_without_a_text_random_tokens_stand_in(hybrid, teacher):
     assert report.consistency.tokens == "random"
     assert (report.quality, report.text) == (None, None)
     said = "no text was given"
-    assert why_not(report) == {Check.QUALITY: said, Check.ABLATION: said}
+    assert why_not(report) == dict.fromkeys(MEASURED, said)
 
 
 def test_without_a_teacher_there_is_no_ablation(hybrid, text):
     report = validate(hybrid, text=text)
     assert report.quality.student.overall.kl is None
-    assert why_not(report) == {Check.ABLATION: "no teacher with other mixers was given"}
+    said = "no teacher was given"
+    assert why_not(report) == {
+        Check.ABLATION: "no teacher with other mixers was given",
+        Check.REPLACEMENT: said,
+        Check.GREEDY: said,
+    }
+    assert [probe.teacher for probe in report.quality.probes] == [None, None, None]
 
 
 def test_checks_can_be_left_out(hybrid, text):
@@ -109,8 +123,19 @@ def test_checks_can_be_left_out(hybrid, text):
     assert (report.consistency, report.quality) == (None, None)
     assert report.integrity.values_scanned == report.integrity.tensors
     assert why_not(report) == dict.fromkeys(
-        (Check.HASHES, Check.CONSISTENCY, Check.QUALITY, Check.ABLATION), "left out by the options"
+        (Check.HASHES, Check.CONSISTENCY, *MEASURED), "left out by the options"
     )
+
+
+def test_models_too_large_for_memory_are_measured_without_writing(
+    hybrid, teacher, text, monkeypatch
+):
+    # One layer fits, the whole of either does not.
+    monkeypatch.setattr(estimate, "free_memory_bytes", lambda: estimate.PROCESS_BYTES + 200_000)
+    report = validate(hybrid, teacher=teacher, text=text)
+    assert report.quality.greedy is None
+    assert report.quality.probes
+    assert why_not(report)[Check.GREEDY].startswith("a whole model takes")
 
 
 def spoil(tensors):
@@ -261,6 +286,7 @@ def test_progress_of_every_part_reaches_its_total(hybrid, teacher, text):
         "comparing forms",
         "running layers",
         "scoring tokens",
+        "writing greedily",
     }
     assert all(done == total > 0 for done, total in last.values())
 

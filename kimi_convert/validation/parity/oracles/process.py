@@ -27,7 +27,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OracleRequest:
-    """What an oracle shall compute, in fp32 on the CPU."""
+    """What an oracle shall compute, in fp32; on the CPU where it runs there."""
 
     folder: str  # the checkpoint
     artifact: str = ""  # what was written from it, where that is what runs

@@ -17,7 +17,12 @@ import transformers
 from torch import nn
 
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.validation.parity.oracles.process import DECODE, OracleRequest, answer_request
+from kimi_convert.validation.parity.oracles.process import (
+    DECODE,
+    OracleRequest,
+    answer_request,
+    decline,
+)
 from kimi_convert.validation.parity.stages import (
     EMBED_PROBE,
     HIDDEN,
@@ -82,13 +87,14 @@ def trace_with_transformers(request: OracleRequest) -> dict[str, Trace]:
 def load(folder: str) -> Any:  # noqa: ANN401  (transformers' models have no useful type)
     """Load a checkpoint in fp32, and require that every tensor found its place.
 
+    Ends the process where the installed version has no class for this model.
+
     Raises:
-        ValueError: one did not, or there is no class for this model.
+        ValueError: a tensor did not.
     """
-    model_type = read_config(Path(folder)).model_type
-    name = CLASSES.get(model_type)
-    if name is None:
-        raise ValueError(f"transformers has no class for {model_type}")
+    name = CLASSES[read_config(Path(folder)).model_type]
+    if not hasattr(transformers, name):
+        decline(f"transformers {transformers.__version__} has no {name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within their own code
         model, info = getattr(transformers, name).from_pretrained(

@@ -37,7 +37,19 @@ def test_planted_half_lives_and_strengths_are_told(tmp_path, form):
     found = dynamics_of(KdaStudent(config, parameters), layer.given.x)
     expected = half_lives[:, None].expand(-1, 3)
     torch.testing.assert_close(torch.tensor(found["half_lives"]), expected, rtol=1e-3, atol=0)
-    assert found["beta"] == [0.5] * 4
+    assert found["beta"] == (0.5,) * 4
+
+
+def test_norm_gives_way_to_its_eps_where_outputs_are_small(tmp_path):
+    layer = planted(tmp_path)
+    parameters = dict(fixed_parameters(layer.given, peers.kil))
+    value_dim = CONFIG.mla.v_head_dim
+    # Head 1 writes almost nothing; SiLU of a small value is half of it.
+    parameters["kda.v.weight"][value_dim : 2 * value_dim] *= 1e-6
+    config = target_config(CONFIG, Recipe())
+    found = dynamics_of(KdaStudent(config, parameters), layer.given.x)
+    assert found["eps_share"][1] == 1.0
+    assert max(found["eps_share"][n] for n in (0, 2, 3)) < 0.5
 
 
 def test_attention_has_no_half_life(tmp_path):

@@ -149,7 +149,12 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
         # A least-squares solution is as long as its angle to the target says, on its own tokens.
         assert 0 < layer["cosine"] <= 1
         assert layer["norm_ratio"] > 0
-        assert layer["solved"]["stream_error"] > 0
+        assert 0 < layer["stream_error"] < 1
+        assert (layer["router_agreement"] is None) == (layer["layer"] == 0)  # which is dense
+        assert layer["router_agreement"] is None or 0 < layer["router_agreement"] <= 1
+        assert len(layer["solved"]["heads"]) == 4
+        assert all(head["error"] > 0 for head in layer["solved"]["heads"])
+        assert (layer["eps_share"] is None) == (layer["mixer"] == "mla")
         assert (layer["half_life"] is None) == (layer["mixer"] == "mla")
         assert layer["beta"] is None or 0 < layer["beta"] < 1
         assert sum(layer["bases"].values()) == 4
@@ -157,6 +162,8 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
     best = min(document["compared"], key=lambda one: one["kl"])
     assert document["kept"] == best["kept"]
     assert document["validation"]["tokens"] == 4 * LENGTH
+    by_position = document["validation"]["kl_by_position"]
+    assert by_position == {"0 to 23": pytest.approx(document["validation"]["kl"])}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_data_has_everything_that_is_shown(report):
     assert {row["how"] for row in data["layers"]} != {""}
     assert data["provenance"]["source: model_type"] == "deepseek_v3"
     assert data["quality"]["student"]["by_position"][0]["scores"]["kl"] > 0
+    assert len(data["quality"]["probes"]) == 3
+    assert data["quality"]["greedy"]["prompts"] > 0
     assert [one["layer_idx"] for one in data["parity"]["decay"]] == [0, 1, 2]
     assert data["memory"][0]["tokens"] == 256
     assert {one["name"] for one in data["parity"]["implementations"]} == {"decode", "bfloat16"}

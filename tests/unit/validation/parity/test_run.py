@@ -7,11 +7,12 @@ import pytest
 
 from kimi_convert.errors import UsageError
 from kimi_convert.validation.parity.oracles.process import (
+    OracleDeclinedError,
     OracleFailedError,
     OracleRequest,
     ask_oracle,
 )
-from kimi_convert.validation.parity.process_runners import OracleRunner
+from kimi_convert.validation.parity.process_runners import FlaRunner, OracleRunner
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
 from kimi_convert.validation.parity.runners import RUNNERS
 from tests.integration.command_line import run_here
@@ -88,6 +89,35 @@ def test_library_that_fails_makes_parity_fail(checkpoint, monkeypatch):
     assert "Failed: mlx-lm. ValueError: no such tensor" in done.stdout
 
 
+def test_library_that_declines_is_absent_unless_it_was_asked_for(checkpoint, monkeypatch):
+    def declines(module, request):
+        raise OracleDeclinedError("it is too old")
+
+    monkeypatch.setattr("kimi_convert.validation.parity.process_runners.ask_oracle", declines)
+    monkeypatch.setattr(
+        "kimi_convert.validation.parity.process_runners.find_spec", lambda package: object()
+    )
+    oracle = next(runner for runner in RUNNERS if runner.name == "mlx-lm")
+    monkeypatch.setattr("kimi_convert.validation.parity.run.RUNNERS", (oracle,))
+    report = compare_implementations(checkpoint, options=ParityOptions(tokens=20))
+    assert [(one.name, one.why, one.failed) for one in report.absent] == [
+        ("mlx-lm", "it is too old", False)
+    ]
+    assert report.passed
+    with pytest.raises(UsageError, match="mlx-lm cannot run here"):
+        compare_implementations(checkpoint, options=ParityOptions(against=("mlx-lm",), tokens=20))
+
+
+def test_transformers_without_the_class_declines(checkpoint, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from kimi_convert.validation.parity.oracles import transformers_native
+
+    monkeypatch.setitem(transformers_native.CLASSES, "kimi_linear", "NotYetForCausalLM")
+    with pytest.raises(SystemExit):
+        transformers_native.load(str(checkpoint))
+    assert "has no NotYetForCausalLM" in capsys.readouterr().err
+
+
 def test_process_that_fails_gives_its_last_words(tmp_path):
     request = OracleRequest(folder="", tokens=[[1]], forms=["prefill"], prompt=[], new_tokens=0)
     (tmp_path / "saying.py").write_text("import sys\nsys.exit('no such model')\n")
@@ -133,7 +163,8 @@ def test_folder_that_is_no_checkpoint_is_refused(checkpoint, tmp_path):
 def test_names_are_unique_and_every_oracle_is_a_module():
     names = [runner.name for runner in RUNNERS]
     assert len(set(names)) == len(names)
-    assert {r.module for r in RUNNERS if isinstance(r, OracleRunner)} == {
+    assert {r.module for r in RUNNERS if isinstance(r, (FlaRunner, OracleRunner))} == {
+        "fla_layer",
         "mlx_lm_model",
         "transformers_native",
     }
