@@ -24,7 +24,7 @@ from pathlib import Path
 
 from kimi_convert.bench.quality_floor import FLOORS, OFF, measure_floors
 from kimi_convert.bench.quality_rows import stages, starts
-from kimi_convert.bench.quality_run import Job, Setting, copying, run_jobs
+from kimi_convert.bench.quality_run import Job, Setting, run_jobs
 from kimi_convert.bench.quality_table import Results
 from kimi_convert.checkpoints.examples import calibration_text, example_checkpoint, heldout_text
 from kimi_convert.errors import KimiConvertError
@@ -60,8 +60,6 @@ def _run(given: argparse.Namespace) -> Results:
     for name, teacher_loss, run in measure_floors(setting, floors):
         results.teacher_loss = teacher_loss
         results.add(name, run)
-    if results.teacher_copied is None:
-        results.teacher_copied = copying(setting.teacher, setting.device)
     jobs = [
         Job(name=name, recipe=recipe, seed=seed)
         for name, recipe in starts(stages(given.align, given.distill, rate=given.rate))

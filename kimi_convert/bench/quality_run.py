@@ -16,15 +16,10 @@ import torch
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import convert_checkpoint
 from kimi_convert.errors import VerificationError
-from kimi_convert.model.loading import load_model
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
-from kimi_convert.validation.recall import copying_probe, score_probe
 
 TOKENS_PER_KIND = 10_240
 LENGTH = 512
-_SPAN = 64  # tokens that are to be copied
-_PROBE_ROWS = 256
-_FIRST_TOKEN = 16  # ids below are special in many tokenizers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +31,7 @@ class Measured:
     kl: float
     top1: float
     copied: float | None = None  # share of the tokens of a repeated random span
+    teacher_copied: float | None = None  # by the teacher
     calibration_kl: float | None = None  # on the validation tokens of the calibration text
     kept: Sequence[int] = ()
     distilled: Mapping[str, object] | None = None  # losses, and validation on the way
@@ -104,34 +100,28 @@ def measure(setting: Setting, job: Job) -> Measured:
             teacher=setting.teacher,
             text=setting.heldout,
             options=ValidationOptions(
-                checks=frozenset({Check.QUALITY}),
+                checks=frozenset({Check.QUALITY, Check.PROBES}),
                 sequence_length=LENGTH,
                 max_tokens_per_kind=TOKENS_PER_KIND,
                 device=setting.device,
+                seed=job.seed,
             ),
         )
-        copied = copying(output, setting.device)
     assert report.quality is not None
     scores = report.quality.student.overall
     if scores.kl is None or scores.top1_agreement is None:
         raise VerificationError("the validation compared nothing", where=output)
     fit = result.fit
+    (copying,) = [probe for probe in report.quality.probes if probe.name == "copying"]
     return Measured(
         seed=job.seed,
         loss=scores.loss,
         kl=scores.kl,
         top1=scores.top1_agreement,
-        copied=copied,
+        copied=copying.student,
+        teacher_copied=copying.teacher,
         calibration_kl=None if fit is None else fit.validation.kl,
         kept=() if fit is None else fit.kept,
         distilled=None if fit is None else fit.distilled,
         seconds=seconds,
     )
-
-
-def copying(folder: Path, device: str) -> float:
-    """Return the share of a repeated random span that a model copies."""
-    model = load_model(folder, device=device)
-    ids = torch.arange(_FIRST_TOKEN, model.config.vocab_size)
-    probe = copying_probe(ids, span=_SPAN, rows=_PROBE_ROWS, seed=0)
-    return score_probe(lambda tokens: model(tokens.to(device)).cpu(), probe).accuracy

@@ -28,7 +28,6 @@ class Results:
             path: rewritten with every run; None to keep no file.
         """
         self.teacher_loss = math.nan  # nats per token
-        self.teacher_copied: float | None = None
         self.machine = _machine(setting.device)
         self.rows: dict[str, list[Measured]] = {}
         self._path = path
@@ -51,11 +50,10 @@ class Results:
 
     def table(self) -> Iterator[str]:
         """Yield the lines of a table."""
-        copied = self.teacher_copied
+        copied = _share([run.teacher_copied for runs in self.rows.values() for run in runs])
         yield (
-            f"teacher: loss {self.teacher_loss:.4f} nats per token"
-            + ("" if copied is None else f", copies {copied:.1%}")
-            + f"; {self.machine}"
+            f"teacher: loss {self.teacher_loss:.4f} nats per token, copies {copied or '?'}; "
+            f"{self.machine}"
         )
         yield ""
         yield "| start | seeds | loss | R | KL | top-1 | copies | KL, calibration text | s |"
@@ -81,7 +79,6 @@ class Results:
             "machine": self.machine,
             "teacher": self._setting.teacher.name,
             "teacher_loss": self.teacher_loss,
-            "teacher_copied": self.teacher_copied,
             "rows": [
                 {"name": name, "runs": [run.to_json() for run in runs]}
                 for name, runs in self.rows.items()
@@ -90,7 +87,6 @@ class Results:
 
     def _read(self, document: dict[str, object]) -> None:
         self.teacher_loss = float(document["teacher_loss"])  # type: ignore[arg-type]
-        self.teacher_copied = document["teacher_copied"]  # type: ignore[assignment]
         for row in document["rows"]:  # type: ignore[attr-defined]
             self.rows[row["name"]] = [Measured(**run) for run in row["runs"]]
 
