@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import convert_checkpoint
-from kimi_convert.errors import VerificationError
+from kimi_convert.errors import KimiConvertError, VerificationError
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 
 TOKENS_PER_KIND = 10_240
@@ -63,12 +64,8 @@ class Job:
 
 def run_jobs(
     setting: Setting, jobs: Sequence[Job], *, processes: int
-) -> Iterator[tuple[Job, Measured]]:
-    """Measure jobs in processes of their own; yield them as they finish.
-
-    Raises:
-        KimiConvertError: of the first job that fails.
-    """
+) -> Iterator[tuple[Job, Measured | str]]:
+    """Measure jobs in processes of their own; yield them as they finish, or why one failed."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     pool = ProcessPoolExecutor(
         processes,
@@ -79,7 +76,10 @@ def run_jobs(
     with pool:
         running = {pool.submit(measure, setting, job): job for job in jobs}
         for future in as_completed(running):
-            yield running[future], future.result()
+            try:
+                yield running[future], future.result()
+            except (KimiConvertError, RuntimeError, BrokenProcessPool) as error:
+                yield running[future], f"{type(error).__name__}: {error}"
 
 
 def measure(setting: Setting, job: Job) -> Measured:
