@@ -70,6 +70,9 @@ def _run(given: argparse.Namespace) -> Results:
     # The longest first, so that none is left alone at the end.
     jobs.sort(key=_length, reverse=True)
     for job, run in run_jobs(setting, jobs, processes=given.processes):
+        if isinstance(run, str):
+            sys.stderr.write(f"{job.name}, seed {job.seed}: {run}\n")
+            continue
         results.add(job.name, run)
         sys.stderr.write(f"{job.name}, seed {job.seed}: KL {run.kl:.3f}, {run.seconds:.0f} s\n")
     return results

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from kimi_convert.config.progress import ProgressEvent
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import convert_checkpoint
-from kimi_convert.errors import VerificationError
+from kimi_convert.errors import KimiConvertError, VerificationError
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 
 TOKENS_PER_KIND = 10_240
 LENGTH = 512
+_TOLD_EVERY = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,7 @@ class Measured:
     calibration_kl: float | None = None  # on the validation tokens of the calibration text
     kept: Sequence[int] = ()
     distilled: Mapping[str, object] | None = None  # losses, and validation on the way
+    stages: Mapping[str, float] | None = None  # seconds of each
     seconds: float  # of the conversion
 
     def to_json(self) -> dict[str, object]:
@@ -63,12 +68,8 @@ class Job:
 
 def run_jobs(
     setting: Setting, jobs: Sequence[Job], *, processes: int
-) -> Iterator[tuple[Job, Measured]]:
-    """Measure jobs in processes of their own; yield them as they finish.
-
-    Raises:
-        KimiConvertError: of the first job that fails.
-    """
+) -> Iterator[tuple[Job, Measured | str]]:
+    """Measure jobs in processes of their own; yield them as they finish, or why one failed."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     pool = ProcessPoolExecutor(
         processes,
@@ -79,7 +80,10 @@ def run_jobs(
     with pool:
         running = {pool.submit(measure, setting, job): job for job in jobs}
         for future in as_completed(running):
-            yield running[future], future.result()
+            try:
+                yield running[future], future.result()
+            except (KimiConvertError, RuntimeError, BrokenProcessPool) as error:
+                yield running[future], f"{type(error).__name__}: {error}"
 
 
 def measure(setting: Setting, job: Job) -> Measured:
@@ -87,12 +91,14 @@ def measure(setting: Setting, job: Job) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "hybrid"
         started = time.monotonic()
+        clock = StageClock(f"{job.name}, seed {job.seed}")
         result = convert_checkpoint(
             setting.teacher,
             output,
             recipe=replace(job.recipe, seed=job.seed),
             text=setting.calibration,
             device=setting.device,
+            on_progress=clock,
         )
         seconds = time.monotonic() - started
         report = validate_checkpoint(
@@ -123,5 +129,26 @@ def measure(setting: Setting, job: Job) -> Measured:
         calibration_kl=None if fit is None else fit.validation.kl,
         kept=() if fit is None else fit.kept,
         distilled=None if fit is None else fit.distilled,
+        stages=clock.seconds,
         seconds=seconds,
     )
+
+
+class StageClock:
+    """Adds up what the stages of a conversion take, and tells of long ones on the way."""
+
+    def __init__(self, name: str) -> None:
+        """Start the first stage."""
+        self.seconds: dict[str, float] = {}
+        self._name = name
+        self._last = time.monotonic()
+        self._told = self._last
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Count the time since the last event to this one's stage."""
+        now = time.monotonic()
+        self.seconds[event.stage] = self.seconds.get(event.stage, 0.0) + now - self._last
+        self._last = now
+        if now - self._told > _TOLD_EVERY:
+            self._told = now
+            sys.stderr.write(f"{self._name}: {event.stage}, {event.done} of {event.total}\n")

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 
 from kimi_convert.checkpoints.index import CheckpointIndex, ShardFile
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.regular_file import CHUNK_BYTES, chunks_of, open_regular
+from kimi_convert.checkpoints.releasing import Releasing
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.errors import CheckpointError
 
@@ -52,7 +52,7 @@ class ShardProvider(Protocol):
         ...
 
 
-class CheckpointReader:
+class CheckpointReader(Releasing):
     """Reads the tensors of an index; a context manager that releases at the end."""
 
     def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
@@ -65,19 +65,6 @@ class CheckpointReader:
         self.index = index
         self._provider = provider
         self._handles: dict[str, _Handle] = {}
-
-    def __enter__(self) -> Self:
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release everything."""
-        self.release()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor on the CPU whose pages are read when they are first touched.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.reader import CheckpointReader, ShardProvider
 from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
+from kimi_convert.checkpoints.releasing import Releasing
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.quantization import FP8_TILE
@@ -27,26 +27,13 @@ if TYPE_CHECKING:
 _FP32_BYTES = 4
 
 
-class WeightReader:
+class WeightReader(Releasing):
     """Reads the weights of one checkpoint; a context manager that releases at the end."""
 
     def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
         """Open nothing yet; arguments as of `CheckpointReader`."""
         self._reader = CheckpointReader(index, provider)
         self.index = index
-
-    def __enter__(self) -> Self:
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release everything."""
-        self.release()
 
     def tensor(self, weight: Weight) -> torch.Tensor:
         """Return a weight on the CPU: mapped where it is plain, decoded where it is not.
