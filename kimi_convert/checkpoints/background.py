@@ -16,7 +16,7 @@ from typing import Protocol
 _LANES = 2  # streams that are hashed at once: one hash takes longer than reading and writing
 _HELD_BYTES = 16 * 1024 * 1024
 _THREADED_BYTES = 64 * 1024  # below, handing over to a thread takes longer than hashing
-_SYNC_BYTES = 256 * 1024 * 1024
+_SYNC_BYTES = 64 * 1024 * 1024
 
 
 class Sha256(Protocol):
@@ -72,25 +72,33 @@ class BackgroundHashes:
 
 
 class EarlySync:
-    """Brings the bytes of a file to the disk while more are written, so that the end waits less."""
+    """Brings the bytes of a file to the disk while more are written, so that the end waits less.
+
+    What is on the disk leaves the system's cache: the next bytes take its pages, and other files
+    stay cached while a checkpoint that is larger than memory goes by. Pages that are used again are
+    also faster: where a virtual machine gives free memory back to its host, writing to memory that
+    was free takes three times the processor's time (0.3 and 0.9 s for a GB).
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._thread = ThreadPoolExecutor(1, "sync")
         self._pending: Future[None] | None = None
-        self._since_bytes = 0
+        self._written_bytes = 0
+        self._begun_bytes = 0
 
     def wrote(self, nbytes: int) -> None:
-        """Take note of bytes that were written.
+        """Take note of bytes that were written at the end of the file.
 
         Raises:
             OSError: what was written before could not be brought to the disk.
         """
-        self._since_bytes += nbytes
-        if self._since_bytes >= _SYNC_BYTES and (self._pending is None or self._pending.done()):
+        self._written_bytes += nbytes
+        waiting = self._written_bytes - self._begun_bytes
+        if waiting >= _SYNC_BYTES and (self._pending is None or self._pending.done()):
             self._raise_error()
-            self._pending = self._thread.submit(os.fsync, self._descriptor)
-            self._since_bytes = 0
+            self._pending = self._thread.submit(self._sync, self._begun_bytes, waiting)
+            self._begun_bytes = self._written_bytes
 
     def finish(self) -> None:
         """Wait until all is on the disk.
@@ -104,6 +112,11 @@ class EarlySync:
     def close(self) -> None:
         """Wait for a sync that is under way and end the thread."""
         self._thread.shutdown()
+
+    def _sync(self, start: int, nbytes: int) -> None:
+        os.fsync(self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _raise_error(self) -> None:
         pending, self._pending = self._pending, None

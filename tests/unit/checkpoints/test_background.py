@@ -73,3 +73,20 @@ def test_bytes_are_synced_before_the_end(descriptor, monkeypatch):
     sync.wrote(background._SYNC_BYTES)
     sync.close()
     assert synced == [descriptor]
+
+
+def test_each_part_is_let_go_from_the_cache_once_it_is_synced(descriptor, monkeypatch):
+    calls = []
+    monkeypatch.setattr(background.os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(background.os, "posix_fadvise", lambda *call: calls.append(call[1:3]))
+    sync = EarlySync(descriptor)
+    sync.wrote(background._SYNC_BYTES)
+    sync._pending.result()
+    sync.wrote(background._SYNC_BYTES + 5)
+    sync.close()
+    assert calls == [
+        "fsync",
+        (0, background._SYNC_BYTES),
+        "fsync",
+        (background._SYNC_BYTES, background._SYNC_BYTES + 5),
+    ]
