@@ -5,6 +5,8 @@ Nothing here imports torch, so that help answers at once; each command imports w
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; those of the process if None.
     """
+    _spare_the_collector()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -112,6 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_error(error, as_json=False)
         return error.exit_code
     return code
+
+
+def _spare_the_collector() -> None:
+    """Keep the cyclic collector from walking over the modules of torch again and again.
+
+    It does at 700 new objects, and at the end: 0.4 of the 1.5 s of processor that importing torch
+    and leaving takes. At 10,000 cycles are still found early.
+    """
+    gc.set_threshold(10_000)
+    atexit.register(gc.freeze)
 
 
 def _open_closed_streams() -> None:

@@ -1,12 +1,13 @@
 """How fast `convert` is beside `cp`, what it holds in memory, and what peers take for the same bytes.
 
-    python -m kimi_convert.bench.conversion speed [--fp8] [--layers N] [--pairs N] [--jobs N]
+    python -m kimi_convert.bench.conversion speed [--fp8] [--layers N] [--pairs N] [--jobs N] [--rest S]
     python -m kimi_convert.bench.conversion memory MODEL [--whole]
     python -m kimi_convert.bench.conversion plan MODEL
     python -m kimi_convert.bench.conversion peers [--layers N] [--mergekit FILE]
 
 `speed` copies and converts the same bytes in turn, and gives the ratio of each pair: a busy machine
-slows both. `memory` and `plan` take whole released models, right-shaped, their weights holes
+slows both. Both begin some seconds after the last output was removed: a virtual machine gives free
+memory back to its host, and what writes before that finds faster memory. `memory` and `plan` take whole released models, right-shaped, their weights holes
 (`released_shapes`); `memory` converts one file of weights of each kind and deletes it, since few disks
 hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the same bytes with other programs. All work in
 --folder, and remove what they wrote.
@@ -18,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -41,13 +43,16 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, object
     convert = _convert(source, folder / "output", "--jobs", str(options.jobs))
     pairs: list[dict[str, float]] = []
     for _ in range(options.pairs):
+        time.sleep(options.rest)
         copied = _removing(folder / "output", ("sh", "-c", _COPY, "sh", source, folder / "output"))
+        time.sleep(options.rest)
         converted = _removing(folder / "output", convert)
         pairs.append(
             {
                 "cp_seconds": copied.seconds,
                 "convert_seconds": converted.seconds,
                 "ratio": copied.seconds / converted.seconds,
+                "cp_processor_seconds": copied.processor_seconds,
                 "convert_processor_seconds": converted.processor_seconds,
                 "peak_bytes": converted.peak_bytes,
             }
@@ -160,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--fp8", action="store_true", help="from FP8 blocks to bf16")
     speed.add_argument("--pairs", type=int, default=3)
     speed.add_argument("--jobs", type=int, default=1)
+    speed.add_argument("--rest", type=float, default=10, help="seconds before each program")
     shaped = {name: measures.add_parser(name) for name in ("memory", "plan")}
     for parser_of in shaped.values():
         parser_of.add_argument("model", choices=sorted(MODELS))

@@ -4,9 +4,11 @@
 
 KDA, the short convolutions and the norms; `--case conv`, say, takes the convolutions alone.
 
-On a GPU every call is timed eagerly and as a replayed CUDA graph; the first call, with what it
-compiles, is timed too. The floor is the time in which a large copy moves as many bytes as the call
-must move at least. Without a GPU, plain torch is timed alone.
+On a GPU every call is timed eagerly and as a replayed CUDA graph, queued behind a sweep of the cache
+as `triton.testing.do_bench` does; "idle" is an eager call that finds the GPU without work, so that
+what the host does before the last launch counts in full. The first call, with what it compiles, is
+timed too. The floor is the time in which a large copy moves as many bytes as the call must move at
+least. Without a GPU, plain torch is timed alone.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Timing:
     case: str
     who: str
     first_ms: float
+    idle_ms: float
     eager_ms: float
     graph_ms: float | None
     floor_ms: float | None
@@ -102,31 +105,52 @@ def _time(
 ) -> Timing:
     first_ms = _milliseconds(call, device)
     repeats = max(3, min(_REPEATS, int(3000 / max(_milliseconds(call, device), 0.01))))
-    eager_ms = statistics.median(_milliseconds(call, device) for _ in range(repeats))
+    idle_ms = statistics.median(_milliseconds(call, device) for _ in range(repeats))
     return Timing(
         case=case.name,
         who=who,
         first_ms=first_ms,
-        eager_ms=eager_ms,
+        idle_ms=idle_ms,
+        eager_ms=idle_ms if device.type == "cpu" else _queued_ms(call, device, repeats),
         graph_ms=_graph_ms(call, device, repeats),
         floor_ms=floor_ms,
     )
 
 
 def _milliseconds(call: Call, device: torch.device) -> float:
+    """Time one call that finds nothing queued before it."""
     if device.type == "cpu":
         started = time.perf_counter()
         call()
         return (time.perf_counter() - started) * 1e3
-    # The cache is swept before, so that no call finds the inputs of the one before in it.
-    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
-    started_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _sweep(device)
     torch.cuda.synchronize(device)
+    started_at, ended_at = _recorded(call)
+    torch.cuda.synchronize(device)
+    return started_at.elapsed_time(ended_at)
+
+
+def _queued_ms(call: Call, device: torch.device, repeats: int) -> float:
+    """Return the median of calls that are queued one after another, with a sweep before each."""
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    for _ in range(repeats):
+        _sweep(device)
+        events.append(_recorded(call))
+    torch.cuda.synchronize(device)
+    return statistics.median(before.elapsed_time(after) for before, after in events)
+
+
+def _recorded(call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    started_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started_at.record()
     call()
     ended_at.record()
-    torch.cuda.synchronize(device)
-    return started_at.elapsed_time(ended_at)
+    return started_at, ended_at
+
+
+def _sweep(device: torch.device) -> None:
+    """Fill the cache, so that no call finds the inputs of the one before in it."""
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
 
 
 def _graph_ms(call: Call, device: torch.device, repeats: int) -> float | None:
@@ -139,7 +163,7 @@ def _graph_ms(call: Call, device: torch.device, repeats: int) -> float | None:
             call()
     except RuntimeError:
         return None
-    return statistics.median(_milliseconds(graph.replay, device) for _ in range(repeats))
+    return _queued_ms(graph.replay, device, repeats)
 
 
 def _copy_bytes_per_ms(device: torch.device) -> float | None:
@@ -148,8 +172,7 @@ def _copy_bytes_per_ms(device: torch.device) -> float | None:
         return None
     source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    times = [_milliseconds(lambda: target.copy_(source), device) for _ in range(_REPEATS)]
-    return 2 * _COPY_BYTES / statistics.median(times)
+    return 2 * _COPY_BYTES / _queued_ms(lambda: target.copy_(source), device, _REPEATS)
 
 
 def _heading(device: torch.device) -> str:
@@ -172,7 +195,8 @@ def _line(timing: Timing) -> str:
     floor = "-" if timing.floor_ms is None else f"{timing.floor_ms:.3f}"
     return (
         f"{timing.case:42} {timing.who:6} first {timing.first_ms:9.1f}"
-        f"  eager {timing.eager_ms:9.3f}  graph {graph:>9}  floor {floor:>7}"
+        f"  idle {timing.idle_ms:9.3f}  eager {timing.eager_ms:9.3f}"
+        f"  graph {graph:>9}  floor {floor:>7}"
     )
 
 

@@ -6,16 +6,24 @@ the replaced mixers alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kimi_convert.bench.quality_run import LENGTH, TOKENS_PER_KIND, Measured, Setting
+from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.calibration.calibration_text import calibration_text as read_text
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.streams import advance, batches, groups, make_stream
 from kimi_convert.model.block import DecoderLayer
-from kimi_convert.model.loading import LayerLoader
+from kimi_convert.model.loading import LayerLoader, open_layers
+from kimi_convert.model.text import pack_documents, read_documents
+from kimi_convert.model.tokenizer import load_tokenizer
 
 # (teacher-forced inputs, their mixer outputs) -> a function of normalised inputs
 Floor = Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
@@ -47,11 +55,49 @@ def _token_by_token(
     return lambda x: x @ matrix
 
 
+OFF = "mixers switched off"
 FLOORS: Mapping[str, Floor] = {
-    "mixers switched off": _nothing,
+    OFF: _nothing,
     "mean output": _mean,
     "token by token, y = B x": _token_by_token,
 }
+
+
+def measure_floors(
+    setting: Setting, names: Sequence[str]
+) -> Iterator[tuple[str, float, Measured]]:
+    """Yield floors in the released pattern by name, with the teacher's loss."""
+    if not names:
+        return
+    config, recipe = read_config(setting.teacher), CalibrationRecipe()
+    fit = read_text(setting.calibration, setting.teacher, config, recipe, seed=0)
+    texts = FloorTexts(fit=fit.inputs[: recipe.search_rows], check=_held_out(setting))
+    kept = Recipe().kept_layers(config.num_layers)
+    layers = [n for n in range(config.num_layers) if n not in kept]
+    with open_layers(setting.teacher, device=setting.device) as teacher:
+        for name in names:
+            started = time.monotonic()
+            found = measure_floor(teacher, texts, floor=FLOORS[name], layers=layers)
+            run = Measured(
+                seed=0,
+                loss=found.student_loss,
+                kl=found.kl,
+                top1=found.top1_agreement,
+                seconds=time.monotonic() - started,
+            )
+            yield name, found.teacher_loss, run
+
+
+def _held_out(setting: Setting) -> torch.Tensor:
+    tokenizer = load_tokenizer(setting.teacher)
+    return pack_documents(
+        read_documents(setting.heldout),
+        tokenizer,
+        sequence_length=LENGTH,
+        separator_id=next(iter(tokenizer.eos_token_ids), None),
+        max_tokens=32_768,
+        max_tokens_per_kind=TOKENS_PER_KIND,
+    ).tokens
 
 
 @torch.no_grad()

@@ -17,18 +17,18 @@ from typing import cast
 from kimi_convert.checkpoints.disk import disk_errors, write_all
 from kimi_convert.checkpoints.regular_file import open_regular, read_exactly
 from kimi_convert.checkpoints.strict_json import as_object, parse_object
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenShard
 from kimi_convert.errors import CheckpointError, OutputError
 
 JOURNAL_FILE = "journal.jsonl"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
     """One finished file of weights, and what its maker wants to know of it later."""
 
-    written: WrittenFile
+    written: WrittenShard
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -113,7 +113,7 @@ def _line(finished: FinishedFile) -> str:
     document = {
         "name": written.name,
         "nbytes": written.nbytes,
-        "sha256": written.sha256,
+        "header": written.header_sha256,
         "tensors": dict(written.tensor_sha256),
         "notes": dict(finished.notes),
     }
@@ -127,7 +127,8 @@ def _finished(document: Mapping[str, object]) -> FinishedFile:
     name = _text(document, "name")
     if name != Path(name).name or name.startswith("."):
         raise ValueError("name is not a plain file name")
-    written = WrittenFile(name, nbytes, _text(document, "sha256"), _hashes(document, "tensors"))
+    header, tensors = _text(document, "header"), _hashes(document, "tensors")
+    written = WrittenShard(name, nbytes, header, tensors)
     return FinishedFile(written, _hashes(document, "notes"))
 
 

@@ -25,15 +25,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes, sync_folder, write_all
-from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
 from kimi_convert.checkpoints.messages import listed, quoted, sized
-from kimi_convert.checkpoints.reader import DEFAULT_CHUNK_BYTES
-from kimi_convert.checkpoints.regular_file import open_regular, read_into
+from kimi_convert.checkpoints.regular_file import chunks_of, open_regular
 from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan
 from kimi_convert.checkpoints.staging import LOCK_FILE, Staging, claim_folder
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
-from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
+from kimi_convert.checkpoints.writer import ShardWriter
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard, difference
 from kimi_convert.errors import (
     CheckpointError,
     OutputError,
@@ -50,7 +49,7 @@ class Output:
     def __init__(self, staging: Staging) -> None:
         """Start with no files in a claimed folder."""
         self._staging = staging
-        self._shards: dict[str, WrittenFile] = {}
+        self._shards: dict[str, WrittenShard] = {}
         self._others: dict[str, WrittenFile] = {}
         self._journal: Journal | None = None
 
@@ -60,7 +59,7 @@ class Output:
         return self._staging.folder
 
     @property
-    def files(self) -> tuple[WrittenFile, ...]:
+    def files(self) -> tuple[WrittenFile | WrittenShard, ...]:
         """Every file finished so far: weights by name, then others in the order of writing."""
         weights = sorted(self._shards.values(), key=lambda file: file.name)
         return (*weights, *self._others.values())
@@ -95,7 +94,7 @@ class Output:
         state = self._staging.resumed
         return 0 if state is None else sum(one.written.nbytes for one in state.finished)
 
-    def finish_shard(self, written: WrittenFile, notes: Mapping[str, str] | None = None) -> None:
+    def finish_shard(self, written: WrittenShard, notes: Mapping[str, str] | None = None) -> None:
         """Count a file of weights as finished; `notes` come back when the run is resumed.
 
         Raises:
@@ -124,11 +123,10 @@ class Output:
                 self._staging.keep_only(self._shards)
         self._staging.suspend()
 
-    def _is_whole(self, file: WrittenFile) -> bool:
-        path = self._staging.path / file.name
+    def _is_whole(self, file: WrittenShard) -> bool:
         try:
-            return path.stat().st_size == file.nbytes and sha256_of_file(path) == file.sha256
-        except (OSError, CheckpointError):
+            return difference(self._staging.path / file.name, file) == ""
+        except CheckpointError:
             return False
 
     def require_space(self, nbytes: int) -> None:
@@ -224,7 +222,8 @@ class Output:
         """
         with open_regular(path) as descriptor:
             nbytes = os.fstat(descriptor).st_size
-            return self._write(name or path.name, _read(descriptor, nbytes, path), nbytes=nbytes)
+            chunks = chunks_of(descriptor, 0, nbytes, path=path)
+            return self._write(name or path.name, chunks, nbytes=nbytes)
 
     def commit(self) -> None:
         """Rename every file into place, the index last; on failure take all of them back."""
@@ -318,11 +317,3 @@ def open_output(
 
 def _commit_order(name: str) -> int:
     return (CONFIG_FILE, INDEX_FILE).index(name) + 1 if name in (CONFIG_FILE, INDEX_FILE) else 0
-
-
-def _read(descriptor: int, nbytes: int, path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(nbytes, DEFAULT_CHUNK_BYTES)))
-    for at in range(0, nbytes, DEFAULT_CHUNK_BYTES):
-        view = buffer[: min(DEFAULT_CHUNK_BYTES, nbytes - at)]
-        read_into(descriptor, view, offset=at, path=path)
-        yield view

@@ -1,8 +1,8 @@
 """Read tensors of an indexed checkpoint: lazily mapped, by rows, or as raw bytes.
 
 Two ways, for two needs. `tensor` and `rows` map the file (safetensors library): nothing is
-copied, but pages once touched count as resident until `release`. `chunks` reads through one
-buffer: memory stays at the buffer's size, and torch is not needed.
+copied, but pages once touched count as resident until `release`. `chunks` reads pieces of a few MB,
+which are freed when their taker lets go of them, and needs no torch.
 
 A reader belongs to one thread; open one for each.
 """
@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 
 from kimi_convert.checkpoints.index import CheckpointIndex, ShardFile
 from kimi_convert.checkpoints.messages import quoted
-from kimi_convert.checkpoints.regular_file import open_regular, read_into
+from kimi_convert.checkpoints.regular_file import CHUNK_BYTES, chunks_of, open_regular
+from kimi_convert.checkpoints.releasing import Releasing
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 class _Slice(Protocol):
@@ -56,17 +52,7 @@ class ShardProvider(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A part of a tensor's bytes in an open file."""
-
-    descriptor: int
-    start: int
-    nbytes: int
-    path: Path
-
-
-class CheckpointReader:
+class CheckpointReader(Releasing):
     """Reads the tensors of an index; a context manager that releases at the end."""
 
     def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
@@ -79,20 +65,6 @@ class CheckpointReader:
         self.index = index
         self._provider = provider
         self._handles: dict[str, _Handle] = {}
-        self._spare_buffer = bytearray()
-
-    def __enter__(self) -> Self:
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release everything."""
-        self.release()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor on the CPU whose pages are read when they are first touched.
@@ -124,33 +96,8 @@ class CheckpointReader:
         except SafetensorError as error:
             raise self._unreadable(spec, error) from error
 
-    def chunks(self, name: str, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[memoryview]:
-        """Give a tensor's bytes in order, each chunk valid until the next is asked for.
-
-        Raises:
-            CheckpointError: there is no such tensor, or its file has changed.
-        """
-        spec = self.index.spec(name)
-        file = self._file(spec.shard)
-        # Taken, not shared: a second iterator that starts before this one ends gets its own.
-        buffer, self._spare_buffer = self._spare_buffer, bytearray()
-        wanted = min(chunk_bytes, spec.nbytes)
-        if len(buffer) < wanted:
-            buffer = bytearray(wanted)
-        try:
-            whole = memoryview(buffer)
-            with open_regular(file.path) as descriptor:
-                for at in range(spec.start, spec.end, chunk_bytes):
-                    view = whole[: min(chunk_bytes, spec.end - at)]
-                    read_into(descriptor, view, offset=at, path=file.path)
-                    # After the read: what is handed out was read from the unchanged file.
-                    file.check_unchanged(os.fstat(descriptor))
-                    yield view
-        finally:
-            self._spare_buffer = buffer
-
-    def extents(self, name: str, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[Extent]:
-        """Give the places of a tensor's bytes, to be copied before the next is asked for.
+    def chunks(self, name: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Give a tensor's bytes in order; each chunk is the taker's to keep.
 
         Raises:
             CheckpointError: there is no such tensor, or its file has changed.
@@ -158,17 +105,18 @@ class CheckpointReader:
         spec = self.index.spec(name)
         file = self._file(spec.shard)
         with open_regular(file.path) as descriptor:
-            for at in range(spec.start, spec.end, chunk_bytes):
-                yield Extent(descriptor, at, min(chunk_bytes, spec.end - at), file.path)
-                # Afterwards: what was copied was copied from the unchanged file.
+            for chunk in chunks_of(
+                descriptor, spec.start, spec.end, path=file.path, chunk_bytes=chunk_bytes
+            ):
+                # After the read: what is handed out was read from the unchanged file.
                 file.check_unchanged(os.fstat(descriptor))
+                yield chunk
 
     def release(self) -> None:
         """Close every file. Its pages leave memory once no tensor of it is held any more."""
         handles, self._handles = self._handles, {}
         for handle in handles.values():
             handle.__exit__(None, None, None)
-        self._spare_buffer = bytearray()
 
     def _handle(self, spec: TensorSpec) -> _Handle:
         file = self._file(spec.shard)

@@ -27,8 +27,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def write_tensor(shard: ShardWriter, name: str, tensor: torch.Tensor) -> str:
-    """Write the next tensor of a plan and return the SHA-256 of its bytes in hex.
+def write_tensor(shard: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    """Write the next tensor of a plan; it must not change until the file is finished.
 
     Raises:
         VerificationError: not the planned name, dtype or shape.
@@ -43,4 +43,4 @@ def write_tensor(shard: ShardWriter, name: str, tensor: torch.Tensor) -> str:
             expected=planned,
             found=found,
         )
-    return shard.write(name, tensor_bytes(tensor))
+    shard.write(name, tensor_bytes(tensor))

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.messages import quoted
-from kimi_convert.checkpoints.reader import (
-    DEFAULT_CHUNK_BYTES,
-    CheckpointReader,
-    Extent,
-    ShardProvider,
-)
+from kimi_convert.checkpoints.reader import CheckpointReader, ShardProvider
+from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
+from kimi_convert.checkpoints.releasing import Releasing
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.quantization import FP8_TILE
@@ -31,26 +27,13 @@ if TYPE_CHECKING:
 _FP32_BYTES = 4
 
 
-class WeightReader:
+class WeightReader(Releasing):
     """Reads the weights of one checkpoint; a context manager that releases at the end."""
 
     def __init__(self, index: CheckpointIndex, provider: ShardProvider | None = None) -> None:
         """Open nothing yet; arguments as of `CheckpointReader`."""
         self._reader = CheckpointReader(index, provider)
         self.index = index
-
-    def __enter__(self) -> Self:
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release everything."""
-        self.release()
 
     def tensor(self, weight: Weight) -> torch.Tensor:
         """Return a weight on the CPU: mapped where it is plain, decoded where it is not.
@@ -70,7 +53,7 @@ class WeightReader:
         return values
 
     def chunks(self, weight: Weight) -> Iterator[memoryview]:
-        """Give a weight's plain bytes in order, each chunk valid until the next is asked for.
+        """Give a weight's plain bytes in order, each chunk the taker's to keep.
 
         Raises:
             CheckpointError: a file has changed, or parts of the weight are not valid.
@@ -83,12 +66,12 @@ class WeightReader:
         for rows in self.rows(weight):
             yield tensor_bytes(rows)
 
-    def extents(self, stored: TensorSpec) -> Iterator[Extent]:
-        """Give the places of a stored tensor's bytes; see `CheckpointReader.extents`."""
-        return self._reader.extents(stored.name)
+    def stored_chunks(self, stored: TensorSpec) -> Iterator[memoryview]:
+        """Give a stored tensor's bytes as they are; see `CheckpointReader.chunks`."""
+        return self._reader.chunks(stored.name)
 
     def rows(self, weight: Weight, *, multiple: int = 1) -> Iterator[torch.Tensor]:
-        """Give a matrix's plain rows in order, each part valid until the next is asked for.
+        """Give a matrix's plain rows in order, each part the taker's to keep.
 
         Args:
             weight: a matrix.
@@ -105,7 +88,7 @@ class WeightReader:
         stored = weight.stored[0]
         dtype = torch_dtype(stored.dtype)
         row_bytes = max(1, stored.nbytes // max(weight.shape[0], 1))
-        at_once = multiple * max(1, DEFAULT_CHUNK_BYTES // (multiple * row_bytes))
+        at_once = multiple * max(1, CHUNK_BYTES // (multiple * row_bytes))
         for chunk in self._reader.chunks(stored.name, chunk_bytes=at_once * row_bytes):
             yield torch.frombuffer(chunk, dtype=dtype).view(-1, weight.shape[1])
 
@@ -180,7 +163,7 @@ def tile_chunk_bytes(weight: Weight) -> int:
     """Return how many stored bytes of a weight are decoded at once, about."""
     values = weight.stored[0]
     decoded = weight.shape[0] * weight.shape[1] * _FP32_BYTES
-    return max(1, DEFAULT_CHUNK_BYTES * values.nbytes // max(decoded, 1))
+    return max(1, CHUNK_BYTES * values.nbytes // max(decoded, 1))
 
 
 def decoding_bytes(weight: Weight) -> int:
@@ -190,7 +173,7 @@ def decoding_bytes(weight: Weight) -> int:
     """
     tile = weight.quantization
     if tile is None:
-        return DEFAULT_CHUNK_BYTES
+        return CHUNK_BYTES
     rows = max(1, weight.shape[0])
     row_bytes = max(1, weight.stored[0].nbytes // rows)
     at_once = tile.tile_rows * max(1, tile_chunk_bytes(weight) // (tile.tile_rows * row_bytes))
@@ -205,8 +188,6 @@ def quantizing_bytes(weight: Weight) -> int:
     Rows as they are read, and two fp32 copies and the result of them.
     """
     row_bytes = max(1, weight.shape[1]) * _FP32_BYTES
-    rows = min(
-        FP8_TILE * max(1, DEFAULT_CHUNK_BYTES // (FP8_TILE * 2)), weight.shape[0] + FP8_TILE
-    )
-    at_once = min(rows, FP8_TILE * max(1, DEFAULT_CHUNK_BYTES // (FP8_TILE * row_bytes // 2)))
+    rows = min(FP8_TILE * max(1, CHUNK_BYTES // (FP8_TILE * 2)), weight.shape[0] + FP8_TILE)
+    at_once = min(rows, FP8_TILE * max(1, CHUNK_BYTES // (FP8_TILE * row_bytes // 2)))
     return decoding_bytes(weight) + 4 * max(at_once, FP8_TILE) * row_bytes

@@ -86,4 +86,6 @@ def _sizes(result: DemoResult) -> Table:
 
 
 def _weight_bytes(export: ExportResult) -> int:
-    return sum(file.nbytes for file in export.files if file.tensor_sha256)
+    from kimi_convert.checkpoints.written import WrittenShard
+
+    return sum(file.nbytes for file in export.files if isinstance(file, WrittenShard))

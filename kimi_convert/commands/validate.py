@@ -132,10 +132,12 @@ def validate(
 
 def estimate_text(estimate: Estimate) -> str:
     """Return what is said before a validation starts."""
-    place = "" if estimate.device == "cpu" else f" on {estimate.device}"
+    memory = estimate.memory
+    place = "" if memory.device == "cpu" else f" on {memory.device}"
+    disk = f" and {bytes_text(memory.disk_bytes)} on disk" if memory.disk_bytes else ""
     return (
-        f"Estimate: {bytes_text(estimate.memory_bytes)} of memory{place}, of which one layer "
-        f"{bytes_text(estimate.layer_bytes)}; {bytes_text(estimate.read_bytes)} to read in "
+        f"Estimate: {bytes_text(memory.memory_bytes)} of memory{place}{disk}, of which one layer "
+        f"{bytes_text(memory.layer_bytes)}; {bytes_text(estimate.read_bytes)} to read in "
         f"{estimate.passes} passes at {bytes_text(round(estimate.bytes_per_second))}/s, "
         f"{estimate.operations / 1e9:.1f} GFLOP at "
         f"{estimate.operations_per_second / 1e9:.0f} GFLOP/s: "

@@ -14,7 +14,7 @@ import torch
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import CONFIG_FILE, open_output
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe
 from kimi_convert.config.huggingface import read_config
@@ -67,7 +67,7 @@ class AlignResult:
     """What an alignment reached, and what was written."""
 
     output: Path
-    files: tuple[WrittenFile, ...]
+    files: tuple[WrittenFile | WrittenShard, ...]
     text_name: str
     layers: tuple[LayerAlignment, ...]
     before: Outcome
@@ -81,10 +81,7 @@ class AlignResult:
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
-            "files": [
-                {"name": file.name, "size": file.nbytes, "sha256": file.sha256}
-                for file in self.files
-            ],
+            "files": [{"name": file.name, **file.to_json()} for file in self.files],
         }
 
 

@@ -14,7 +14,7 @@ from typing import cast
 from kimi_convert import __version__
 from kimi_convert.checkpoints.regular_file import open_regular, read_exactly
 from kimi_convert.checkpoints.strict_json import MAX_JSON_BYTES, as_object, parse_object
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard, tensor_hashes
 
 CONVERSION_FILE = "conversion.json"
 
@@ -38,7 +38,7 @@ def read_conversion_record(folder: Path) -> dict[str, object] | None:
 
 def extend_conversion_record(
     record: Mapping[str, object],
-    files: Iterable[WrittenFile],
+    files: Iterable[WrittenFile | WrittenShard],
     *,
     changes: Mapping[str, object],
 ) -> dict[str, object]:
@@ -50,16 +50,12 @@ def extend_conversion_record(
     written = list(files)
     before = as_object(record.get("export"))
     export: dict[str, object] = {
-        "format": 1,
+        "format": 2,
         "tool": {"name": "kimi-convert", "version": __version__},
         **changes,
         "earlier": [] if before is None else _history(before),
-        "files": {file.name: {"sha256": file.sha256, "size": file.nbytes} for file in written},
-        "tensors": {
-            name: {"sha256": digest}
-            for file in written
-            for name, digest in file.tensor_sha256.items()
-        },
+        "files": {file.name: file.to_json() for file in written},
+        "tensors": {name: {"sha256": digest} for name, digest in tensor_hashes(written).items()},
     }
     return {**record, "export": export}
 

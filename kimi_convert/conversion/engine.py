@@ -17,7 +17,7 @@ from pathlib import Path
 from kimi_convert import __version__
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.huggingface import config_to_json
 from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
@@ -42,7 +42,7 @@ class ConversionResult:
 
     output: Path
     plan: ConversionPlan
-    files: tuple[WrittenFile, ...]
+    files: tuple[WrittenFile | WrittenShard, ...]
     seconds: float  # of the writing
     fit: CalibrationReport | None = None  # what the calibration reports
 
@@ -55,10 +55,7 @@ class ConversionResult:
             "output": str(self.output),
             "seconds": round(self.seconds, 3),
             **({} if self.fit is None else {"calibration": self.fit.to_json()}),
-            "files": [
-                {"name": file.name, "size": file.nbytes, "sha256": file.sha256}
-                for file in self.files
-            ],
+            "files": [{"name": file.name, **file.to_json()} for file in self.files],
         }
 
 

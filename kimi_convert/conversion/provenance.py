@@ -12,13 +12,13 @@ from pathlib import Path
 from kimi_convert import __version__
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.origin import declared_license, read_origin
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard, tensor_hashes
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.conversion.plan import ConversionPlan
 from kimi_convert.model.tokenizer import tokenizer_files
 
 CONVERSION_FILE = "conversion.json"
-FORMAT = 1
+FORMAT = 2
 
 # Beside the tokenizer's own files: data and terms, never code.
 _ALSO_CARRIED = ("generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -34,7 +34,7 @@ def carried_files(source: Path) -> tuple[str, ...]:
 
 def provenance(
     plan: ConversionPlan,
-    files: Iterable[WrittenFile],
+    files: Iterable[WrittenFile | WrittenShard],
     copied: SourceHashes,
     calibration: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
@@ -47,7 +47,7 @@ def provenance(
         calibration: what the fit reports; None for a conversion without text.
     """
     written = list(files)
-    hashes = {name: digest for file in written for name, digest in file.tensor_sha256.items()}
+    hashes = tensor_hashes(written)
     return {
         "format": FORMAT,
         "tool": {"name": "kimi-convert", "version": __version__},
@@ -59,7 +59,7 @@ def provenance(
             "mla": list(plan.target_config.mla_layers),
         },
         "runtimes": [support.to_json() for support in plan.runtimes],
-        "files": {file.name: {"sha256": file.sha256, "size": file.nbytes} for file in written},
+        "files": {file.name: file.to_json() for file in written},
         "tensors": {
             task.tensor.name: {
                 "op": str(task.op),

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from kimi_convert.checkpoints.hashing import sha256_of_file
+from kimi_convert.checkpoints.written import difference
 from kimi_convert.conversion.runners import InFlight, OnBytes, OnDone
 from kimi_convert.conversion.shard_job import ShardJob, ShardResult, write_shard
 from kimi_convert.errors import ResourceError, UsageError, VerificationError
@@ -93,7 +93,7 @@ class _Tasks:
     def __init__(self, ray: _Ray, progress: InFlight) -> None:
         self._ray = ray
         self._write = ray.remote(write_shard)
-        self._read = ray.remote(sha256_of_file)
+        self._read = ray.remote(difference)
         self.progress = progress
         self.pending: dict[object, tuple[ShardJob, ShardResult | None]] = {}
 
@@ -111,10 +111,11 @@ class _Tasks:
             answer = self._answer(reference, job)
             if result is None:
                 assert isinstance(answer, ShardResult)
-                again = self._read.options(max_retries=_RETRIES, num_cpus=1).remote(job.path)
+                task = self._read.options(max_retries=_RETRIES, num_cpus=1)
+                again = task.remote(job.path, answer.written)
                 self.pending[again] = (job, answer)
                 continue
-            _check(job.path, str(answer), result)
+            _check(job.path, str(answer))
             self.progress.finish(job)
             done.append((job, result))
         return done
@@ -141,12 +142,11 @@ class _Tasks:
             ) from error
 
 
-def _check(path: Path, found: str, result: ShardResult) -> None:
-    if found != result.written.sha256:
+def _check(path: Path, found: str) -> None:
+    if found:
         raise VerificationError(
             "a file that another node wrote reads differently here",
             where=path,
-            expected=result.written.sha256,
             found=found,
             hint="The storage that the nodes share gives them different bytes.",
         )

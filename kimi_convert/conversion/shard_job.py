@@ -1,9 +1,8 @@
 """One file of weights, made by one worker: the same function in this process, in another, on Ray.
 
 A job holds all that its file needs and nothing of the rest of the plan, so that it is small enough
-to be sent to another machine. Copied tensors go from file to file through the file system; what is
-made is in memory alone, with its sources. The same job gives the same bytes, however many threads
-torch has.
+to be sent to another machine. What is copied or decoded streams through; what is made is in memory
+alone, with its sources. The same job gives the same bytes, however many threads torch has.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from kimi_convert.checkpoints.shard_plan import PlannedShard
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
-from kimi_convert.checkpoints.writer import ShardWriter, WrittenFile
+from kimi_convert.checkpoints.writer import ShardWriter
+from kimi_convert.checkpoints.written import WrittenShard
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.quantization import FP8_TILE
 from kimi_convert.config.recipe import Recipe
@@ -73,7 +73,7 @@ class ShardJob:
 class ShardResult:
     """What one job wrote."""
 
-    written: WrittenFile
+    written: WrittenShard
     copied: Mapping[str, str]  # source tensors that were copied, with the SHA-256 of their bytes
 
 
@@ -137,8 +137,10 @@ def write_shard(
             WeightReader(job.index, provider) as reader,
             ShardWriter(job.path, job.shard) as writer,
         ):
-            copied = _Worker(job, reader, writer, on_tensor).write()
-            return ShardResult(written=writer.finish(), copied=copied)
+            copies = _Worker(job, reader, writer, on_tensor).write()
+            written = writer.finish()
+            copied = {source: written.tensor_sha256[name] for source, name in copies.items()}
+            return ShardResult(written=written, copied=copied)
     except BaseException:
         job.path.unlink(missing_ok=True)
         raise
@@ -154,14 +156,15 @@ class _Worker:
     on_tensor: OnTensor
 
     def write(self) -> dict[str, str]:
-        """Write every tensor; return the SHA-256 of every source tensor that was copied."""
+        """Write every tensor; return the names of those that were copied, by that in the source."""
         copied: dict[str, str] = {}
         done = 0
         for task in self.job.tasks:
             self.on_tensor(task.tensor.name, done)
             if task.op is Op.COPY:
                 stored = self.job.weights[task.sources[0]].stored[task.part]
-                copied[stored.name] = self._copy(task, stored)
+                self.writer.write(task.tensor.name, self._copy(stored))
+                copied[stored.name] = task.tensor.name
             elif task.op is Op.QUANTIZE:
                 self.writer.write(task.tensor.name, self._quantized(task))
             elif task.op is Op.DEQUANTIZE:
@@ -181,14 +184,12 @@ class _Worker:
                 raise not_finite_error(weight.name, self.job.index.folder)
             yield tensor_bytes(encode_fp8(rows)[task.part])
 
-    def _copy(self, task: TensorTask, stored: TensorSpec) -> str:
-        """Let the file system copy a tensor, and search what arrived for NaN and Inf."""
-
-        def look(chunk: memoryview) -> None:
+    def _copy(self, stored: TensorSpec) -> Iterator[memoryview]:
+        """Give the bytes of a stored tensor, each chunk checked for NaN and Inf on its way."""
+        for chunk in self.reader.stored_chunks(stored):
             if stored.dtype in FLOATS and find_non_finite(chunk, stored.dtype) is not None:
                 raise not_finite_error(stored.name, self.job.index.folder)
-
-        return self.writer.copy(task.tensor.name, self.reader.extents(stored), look=look)
+            yield chunk
 
     def _made(self, task: TensorTask) -> memoryview:
         """Return the bytes of a tensor that is computed; its sources are freed before."""

@@ -22,7 +22,7 @@ from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_s
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import (
     CONFIG_FILE,
@@ -69,11 +69,11 @@ class ExportResult:
     nbytes: int  # of all tensors
     changed_dtype: tuple[str, ...]  # names of tensors
     renamed: Mapping[str, str]  # old name -> new name
-    files: tuple[WrittenFile, ...]
+    files: tuple[WrittenFile | WrittenShard, ...]
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `export safetensors --json` prints."""
-        files = {file.name: {"sha256": file.sha256, "size": file.nbytes} for file in self.files}
+        files = {file.name: file.to_json() for file in self.files}
         return {
             "output": str(self.output),
             "dtype": self.dtype,

@@ -1,22 +1,25 @@
 """The Hub as this package uses it: pin a revision to a commit, list it, stream a file's bytes.
 
 The API calls are huggingface_hub's, and so are the session (proxies, HF_HUB_OFFLINE) and the
-token. Streaming is done here because a file must go on from where it was cut, and because the
-token must stay with the host that it is for.
+token. Streaming is done here because a file must go on from where it was cut; streaming and
+listing, whose next page is wherever the last one says, because the token must stay with the host
+that it is for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from urllib.parse import urljoin, urlsplit
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
-from huggingface_hub.hf_api import RepoFile
 
 from kimi_convert import __version__
 from kimi_convert.checkpoints.messages import sized
@@ -27,6 +30,8 @@ from kimi_convert.hub.reference import Reference
 DEFAULT_POLICY = RetryPolicy()
 _LIBRARY = "kimi-convert"
 _MAX_REDIRECTS = 5
+_OK = 200
+_NO_FILES = ("directory", "submodule")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _TIMEOUT = httpx2.Timeout(10.0, read=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
@@ -98,12 +103,33 @@ class Remote:
             HubError: see `pin`.
             InputError: a size or a hash in it does not make sense.
         """
-        entries = call(
-            lambda: list(self.api.list_repo_tree(repository, recursive=True, revision=revision)),
-            what=f"{repository} at {revision}",
-            policy=replace(self.policy, attempts=1),  # huggingface_hub itself tries six times
-        )
+        what = f"{repository} at {revision}"
+        path = f"/api/models/{repository}/tree/{quote(revision, safe='')}?recursive=true"
+        url: str | None = self.endpoint + path
+        entries: list[object] = []
+        seen: set[str] = set()
+        while url is not None:
+            if url in seen:
+                raise HubError("the Hub's list has no end", where=what, hint="Check HF_ENDPOINT.")
+            seen.add(url)
+            page, url = call(partial(self._page, url, what), what=what, policy=self.policy)
+            entries += page
         return _files(entries, where=repository)
+
+    def _page(self, url: str, what: str) -> tuple[list[object], str | None]:
+        """Return one page of a list, and where the next one is."""
+        with self._follow(url, self._headers(url), what=what) as response:
+            if response.status_code != _OK:
+                raise StatusError(response)
+            data = response.read()
+            next_page = response.links.get("next", {}).get("url")
+        try:
+            found: object = json.loads(data)
+        except ValueError as error:
+            raise _senseless(what, error) from error
+        if not isinstance(found, list):
+            raise _senseless(what, type(found).__name__)
+        return cast("list[object]", found), next_page and urljoin(url, next_page)
 
     @contextmanager
     def stream(
@@ -123,15 +149,20 @@ class Remote:
             endpoint=self.endpoint,
         )
         # Offsets and hashes are of the plain bytes: nothing may compress them.
-        headers = {"User-Agent": f"{_LIBRARY}/{__version__}", "Accept-Encoding": "identity"}
-        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        headers = self._headers(url) | {"Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         with self._follow(url, headers, what=f"{snapshot.name}: {file.path}") as response:
             _check(response, file, start=start, stop=stop, where=f"{snapshot.name}: {file.path}")
             yield response
+
+    def _headers(self, url: str) -> dict[str, str]:
+        """Return what is sent to an address; the token to the Hub's own host alone."""
+        headers = {"User-Agent": f"{_LIBRARY}/{__version__}"}
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        if token and _origin(url) == _origin(self.endpoint):
+            headers["Authorization"] = f"Bearer {token}"
+        return headers
 
     @contextmanager
     def _follow(
@@ -177,27 +208,45 @@ def connect() -> Remote:
 def _files(entries: Iterable[object], *, where: str) -> dict[str, RemoteFile]:
     files: dict[str, RemoteFile] = {}
     for entry in entries:
-        if not isinstance(entry, RepoFile):
+        fields = _object(entry)
+        if fields.get("type") in _NO_FILES:
             continue
-        lfs = entry.lfs
-        size = lfs.size if lfs else entry.size
-        sha256 = lfs.sha256 if lfs else None
-        sound = (
-            type(size) is int
-            and size >= 0
-            and re.fullmatch(r"[0-9a-f]{40}", str(entry.blob_id))
-            and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", str(sha256)))
-        )
-        if not sound:
-            raise InputError(
-                "the repository's listing does not make sense",
-                where=where,
-                expected="a size and a hash for each file",
-                found=ascii(entry.path)[:120],
-                hint="Check HF_ENDPOINT: this may not be a Hub.",
-            )
-        files[entry.path] = RemoteFile(entry.path, size, entry.blob_id, sha256)
+        file = _file(fields)
+        if file is None:
+            raise _senseless(where, fields.get("path"))
+        files[file.path] = file
     return files
+
+
+def _file(fields: Mapping[str, object]) -> RemoteFile | None:
+    """Return a file as the repository lists it, or None if that makes no sense."""
+    path, git_sha1, lfs = fields.get("path"), fields.get("oid"), _object(fields.get("lfs"))
+    size, sha256 = lfs.get("size", fields.get("size")), lfs.get("oid")
+    if (
+        isinstance(path, str)
+        and type(size) is int
+        and size >= 0
+        and isinstance(git_sha1, str)
+        and re.fullmatch(r"[0-9a-f]{40}", git_sha1)
+        and (sha256 is None or isinstance(sha256, str))
+        and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", sha256))
+    ):
+        return RemoteFile(path, size, git_sha1, sha256)
+    return None
+
+
+def _object(value: object) -> dict[str, object]:
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
+def _senseless(where: str, found: object) -> InputError:
+    return InputError(
+        "the repository's listing does not make sense",
+        where=where,
+        expected="a size and a hash for each file",
+        found=ascii(found)[:120],
+        hint="Check HF_ENDPOINT: this may not be a Hub.",
+    )
 
 
 def _check(

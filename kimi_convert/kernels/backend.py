@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 from kimi_convert.errors import KernelInputError
+
+_NOWHERE_ELSE = nullcontext()
 
 
 class Backend(StrEnum):
@@ -67,7 +70,10 @@ def interprets() -> bool:
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
     """Have Triton launch on a device: by itself it takes the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # Made current again where it already is, it would cost as much as a launch.
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(device)
 
 
 def _check_triton(where: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -89,5 +95,6 @@ def _check_triton(where: str, device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+@cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -14,6 +14,7 @@ In shapes: N tokens, k choices per token, E experts, G groups, F expert hidden, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -100,7 +101,9 @@ class Router(nn.Module):
     def scores(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every expert's score [N, E] for tokens [N, D], without and with the bias."""
         precision = self.numerics.router.resolve(tokens.dtype)
-        logits = F.linear(tokens.to(precision), self.weight.to(precision)).to(self.weight.dtype)
+        with _not_rounded(tokens.device):
+            logits = F.linear(tokens.to(precision), self.weight.to(precision))
+        logits = logits.to(self.weight.dtype)
         scores = _SCORES[self.sizes.scoring](logits)
         return scores, scores if self.bias is None else scores + self.bias
 
@@ -155,6 +158,11 @@ class Experts(nn.Module):
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         hidden = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
         return F.linear(hidden, self.down[expert])
+
+
+def _not_rounded(device: torch.device) -> AbstractContextManager[object]:
+    """Keep a training in bf16 from rounding what chooses experts."""
+    return torch.autocast("cuda", enabled=False) if device.type == "cuda" else nullcontext()
 
 
 def _two_best(groups: torch.Tensor) -> torch.Tensor:

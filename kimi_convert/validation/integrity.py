@@ -1,7 +1,8 @@
 """Whether a checkpoint is what its config.json and its recorded hashes say, byte by byte.
 
-Nothing is run. Each tensor is read once through one buffer, for its values and its hash; files
-are hashed apart. What is wrong is collected, so that one call tells all of it.
+Nothing is run. Each tensor is read once, for its values and its hash; files, or their headers where
+that is what was recorded, are hashed apart. What is wrong is collected, so that one call tells all
+of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.messages import listed
 from kimi_convert.checkpoints.reader import CheckpointReader
-from kimi_convert.checkpoints.safetensors_header import TensorSpec
+from kimi_convert.checkpoints.safetensors_header import TensorSpec, read_header
 from kimi_convert.checkpoints.weight_map import SHARD_SUFFIX
+from kimi_convert.checkpoints.written import sha256_of_header
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import CheckpointError
@@ -119,9 +121,15 @@ def _check_file(path: Path, expected: FileHash) -> Iterator[Finding]:
             f"{nbytes} bytes",
         )
         return
-    digest = sha256_of_file(path)
+    what = "header of the file" if expected.of_header else "file"
+    try:
+        header = read_header(path) if expected.of_header else None
+        digest = sha256_of_file(path) if header is None else sha256_of_header(path, header)
+    except CheckpointError as error:
+        yield _as_finding(error, Check.HASHES)
+        return
     if digest != expected.sha256:
-        message = "file does not have its recorded SHA-256"
+        message = f"{what} does not have its recorded SHA-256"
         yield _hash_error(path.name, message, expected.sha256, digest)
 
 

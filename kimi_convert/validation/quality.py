@@ -1,8 +1,8 @@
 """How well a checkpoint predicts a text, and how far it is from the model it was made from.
 
 Teacher and student run side by side, one layer at a time, the hidden states of all tokens
-carried: memory holds one layer of each and, per stream, tokens x width. Nothing here is a
-verdict; the numbers have no bound.
+carried: memory holds one layer of each and, per stream, tokens x width, or a file does where that
+is too much. Nothing here is a verdict; the numbers have no bound.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
-from kimi_convert.errors import CheckpointError, VerificationError
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.dynamics import MixerDynamics, mixer_dynamics
 from kimi_convert.model.loading import LayerLoader, open_layers
 from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
+from kimi_convert.validation.activations import Activations, batches
 from kimi_convert.validation.layer_sums import LayerSums
 from kimi_convert.validation.options import Check, ValidationOptions
 from kimi_convert.validation.probe_streams import ProbeStreams, probes_of
@@ -29,15 +28,7 @@ from kimi_convert.validation.replacement import TOKENS as REPLACED_TOKENS
 from kimi_convert.validation.replacement import Replacements
 from kimi_convert.validation.report import LayerErrors, ModelScores, QualityReport
 from kimi_convert.validation.scores import Stream, score_tokens, summarise
-
-
-@dataclass(slots=True)
-class _Streams:
-    """The hidden states [N, T, D] of every model, replaced layer by layer."""
-
-    student: torch.Tensor
-    teacher: torch.Tensor | None
-    ablated: torch.Tensor | None  # the student with converted mixers switched off
+from kimi_convert.validation.text_streams import TextStreams, converted_layers, embed_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +39,12 @@ class _Beside:
     replaced: Replacements | None
 
     def advance(
-        self, student: DecoderLayer, teacher: DecoderLayer | None, guide: torch.Tensor | None
+        self, student: DecoderLayer, teacher: DecoderLayer | None, guide: Activations | None
     ) -> None:
         """Take everything through one layer; `guide` is the teacher's hidden state before it."""
         self.probes.advance(student, teacher)
         if self.replaced is not None and teacher is not None and guide is not None:
-            self.replaced.advance(student, teacher, guide)
+            self.replaced.advance(student, teacher, guide.rows(slice(self.replaced.rows)))
 
 
 @torch.inference_mode()
@@ -64,20 +55,28 @@ def measure_quality(
     teacher: Path | None,
     options: ValidationOptions,
     on_progress: ProgressCallback,
+    on_disk: bool | None = None,
 ) -> QualityReport:
     """Measure losses, and with a teacher also divergences and the errors of every layer.
+
+    Args:
+        checkpoint: the folder.
+        text: what is measured on.
+        teacher: what it was made from, if it is compared.
+        options: of the validation.
+        on_progress: told of every layer.
+        on_disk: whether hidden states are kept in a file; None where memory is too small for them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or the teacher's values are not finite.
         VerificationError: the student's values are not finite.
+        ResourceError: hidden states fit neither into memory nor on the disk.
     """
     with ExitStack() as stack:
         student = stack.enter_context(_open(checkpoint, options))
         guide = stack.enter_context(_open(teacher, options)) if teacher else None
         converted = converted_layers(student.config, guide.config if guide else None)
-        streams = _embed(student, guide, text.tokens[:, :-1].to(options.device))
-        if converted and Check.ABLATION in options.checks:
-            streams.ablated = streams.student.clone()
+        streams = embed_text(student, guide, text.tokens[:, :-1], options, on_disk=on_disk)
         beside = _beside(student, guide, text, options)
         sums: list[LayerSums] = []
         num_layers = student.config.num_layers
@@ -91,7 +90,7 @@ def measure_quality(
                 switched_off=layer_idx in converted,
                 batch_rows=options.batch_rows,
             )
-            _check_finite(streams, checkpoint, teacher, layer_idx)
+            streams.require_finite(checkpoint, teacher, layer_idx)
             sums.append(found)
         on_progress(ProgressEvent("running layers", num_layers, num_layers, "layers"))
         scores = _score(student, guide, streams, text, on_progress)
@@ -106,13 +105,6 @@ def measure_quality(
     )
 
 
-def converted_layers(student: ModelConfig, teacher: ModelConfig | None) -> frozenset[int]:
-    """Return the layers that are KDA in the student and not in the teacher, from 0."""
-    if teacher is None:
-        return frozenset()
-    return frozenset(student.kda_layers) - frozenset(teacher.kda_layers)
-
-
 def _open(folder: Path, options: ValidationOptions) -> AbstractContextManager[LayerLoader]:
     return open_layers(
         folder,
@@ -120,14 +112,6 @@ def _open(folder: Path, options: ValidationOptions) -> AbstractContextManager[La
         device=options.device,
         numerics=options.numerics,
         backend=options.backend,
-    )
-
-
-def _embed(student: LayerLoader, teacher: LayerLoader | None, tokens: torch.Tensor) -> _Streams:
-    return _Streams(
-        student=student.embedding()(tokens),
-        teacher=teacher.embedding()(tokens) if teacher else None,
-        ablated=None,
     )
 
 
@@ -152,60 +136,43 @@ def _beside(
 def _run_layer(
     student: DecoderLayer,
     teacher: DecoderLayer | None,
-    streams: _Streams,
+    streams: TextStreams,
     beside: _Beside,
     *,
     switched_off: bool,
     batch_rows: int,
 ) -> LayerSums:
     """Advance every stream by one layer, in place, a batch of sequences at a time."""
-    sums = LayerSums(dynamics=_dynamics(student, streams.student[:batch_rows]))
+    sums = LayerSums(dynamics=_dynamics(student, streams.student.rows(slice(batch_rows))))
     beside.advance(student, teacher, streams.teacher)
-    for start in range(0, len(streams.student), batch_rows):
-        rows = slice(start, start + batch_rows)
-        before = streams.student[rows]
+    for rows in batches(len(streams.student), batch_rows):
+        before = streams.student.rows(rows)
         mixed = student.mix(before)
         with chosen_experts(student) as chosen:
             after = _finish(student, before, mixed)
         if teacher is not None:
             assert streams.teacher is not None
-            guide = streams.teacher[rows]
+            guide = streams.teacher.rows(rows)
             expected = teacher.mix(guide)
             sums.mixer_output.add(mixed, expected)
             sums.alignment.add(mixed, expected)
             sums.teacher_forced.add(student.mix(guide), expected)
             with chosen_experts(teacher) as expected_experts:
-                streams.teacher[rows] = _finish(teacher, guide, expected)
+                expected_after = _finish(teacher, guide, expected)
+            streams.teacher.replace(rows, expected_after)
             sums.routing.add(chosen, expected_experts)
-            sums.hidden.add(after, streams.teacher[rows])
+            sums.hidden.add(after, expected_after)
         if streams.ablated is not None:
-            bare = streams.ablated[rows]
+            bare = streams.ablated.rows(rows)
             off = torch.zeros_like(bare) if switched_off else student.mix(bare)
-            streams.ablated[rows] = _finish(student, bare, off)
-        streams.student[rows] = after
+            streams.ablated.replace(rows, _finish(student, bare, off))
+        streams.student.replace(rows, after)
     return sums
 
 
 def _finish(layer: DecoderLayer, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     hidden = hidden + mixed
     return hidden + layer.feed_forward(hidden)
-
-
-def _check_finite(
-    streams: _Streams, checkpoint: Path, teacher: Path | None, layer_idx: int
-) -> None:
-    found = f"NaN or Inf after layer {layer_idx}"
-    if streams.teacher is not None and not streams.teacher.isfinite().all():
-        raise CheckpointError(
-            "teacher gives values that are not finite",
-            where=teacher,
-            found=found,
-            hint="Validate the teacher on its own, or compute in float32.",
-        )
-    if not streams.student.isfinite().all():
-        raise VerificationError(
-            "checkpoint gives values that are not finite", where=checkpoint, found=found
-        )
 
 
 def _dynamics(layer: DecoderLayer, hidden: torch.Tensor) -> MixerDynamics | None:
@@ -215,7 +182,7 @@ def _dynamics(layer: DecoderLayer, hidden: torch.Tensor) -> MixerDynamics | None
 def _layer_errors(
     student: LayerLoader,
     teacher: LayerLoader | None,
-    streams: _Streams,
+    streams: TextStreams,
     beside: _Beside,
     sums: Sequence[LayerSums],
 ) -> tuple[LayerErrors, ...]:
@@ -226,7 +193,9 @@ def _layer_errors(
     alone: Sequence[float | None] = [None] * len(sums)
     if beside.replaced is not None:
         alone = beside.replaced.divergences(
-            teacher.head(), streams.teacher, vocab_size=config.vocab_size
+            teacher.head(),
+            streams.teacher.rows(slice(beside.replaced.rows)),
+            vocab_size=config.vocab_size,
         )
     return tuple(
         one.errors(
@@ -242,18 +211,20 @@ def _layer_errors(
 def _score(
     student: LayerLoader,
     teacher: LayerLoader | None,
-    streams: _Streams,
+    streams: TextStreams,
     text: PackedText,
     on_progress: ProgressCallback,
 ) -> dict[str, ModelScores]:
     """Return the scores of each model that ran, by its name in the report."""
     head = student.head()
     students = {"student": streams.student, "ablated": streams.ablated}
-    running = {name: Stream(at, head) for name, at in students.items() if at is not None}
+    running = {
+        name: Stream(at.values, at.into(head)) for name, at in students.items() if at is not None
+    }
     guide = None
     if teacher is not None:
         assert streams.teacher is not None
-        guide = Stream(streams.teacher, teacher.head())
+        guide = Stream(streams.teacher.values, streams.teacher.into(teacher.head()))
     scored, of_teacher = score_tokens(
         text.tokens[:, 1:],
         students=list(running.values()),

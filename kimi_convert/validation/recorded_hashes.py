@@ -30,6 +30,7 @@ class FileHash:
 
     sha256: str  # hex, lower case
     nbytes: int | None  # None where only the hash was recorded
+    of_header: bool = False  # of a file of weights, whose tensors have hashes of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ def _parse_conversion(data: bytes, path: Path) -> RecordedHashes:
         size = entry.get("size")
         if isinstance(size, bool) or not isinstance(size, int):
             raise _not_understood(path, f"files.{name}.size", "a number of bytes", size)
-        files[_plain_name(name, path)] = FileHash(_hash(entry, f"files.{name}", path), size)
+        of_header = "header_sha256" in entry
+        digest = _hash(entry, f"files.{name}", path, "header_sha256" if of_header else "sha256")
+        files[_plain_name(name, path)] = FileHash(digest, size, of_header)
     tensors = {
         name: _hash(_object(value, f"tensors.{name}", path), f"tensors.{name}", path)
         for name, value in _object(record.get("tensors"), "tensors", path).items()
@@ -102,10 +105,10 @@ def _object(value: object, field: str, path: Path) -> dict[str, object]:
     return found
 
 
-def _hash(entry: Mapping[str, object], field: str, path: Path) -> str:
-    value = entry.get("sha256")
+def _hash(entry: Mapping[str, object], field: str, path: Path, key: str = "sha256") -> str:
+    value = entry.get(key)
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise _not_understood(path, f"{field}.sha256", "64 hexadecimal digits", value)
+        raise _not_understood(path, f"{field}.{key}", "64 hexadecimal digits", value)
     return value
 
 

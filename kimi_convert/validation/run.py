@@ -15,16 +15,12 @@ from kimi_convert.kernels.backend import resolve_backend
 from kimi_convert.model.backend import usable_device
 from kimi_convert.validation.consistency import measure_consistency
 from kimi_convert.validation.environment import this_environment
-from kimi_convert.validation.estimate import (
-    Estimate,
-    estimate_validation,
-    require_memory,
-    too_large,
-)
+from kimi_convert.validation.estimate import Estimate, estimate_validation
 from kimi_convert.validation.greedy import measure_greedy
 from kimi_convert.validation.integrity import TENSORS, check_integrity
+from kimi_convert.validation.memory_need import memory_need, require_room, too_large
 from kimi_convert.validation.options import Check, ValidationOptions
-from kimi_convert.validation.quality import converted_layers, measure_quality
+from kimi_convert.validation.quality import measure_quality
 from kimi_convert.validation.report import (
     ConsistencyReport,
     Finding,
@@ -40,6 +36,7 @@ from kimi_convert.validation.sample import (
     random_tokens,
     read_sample,
 )
+from kimi_convert.validation.text_streams import converted_layers
 
 # A checkpoint with such errors is not run: its numbers would say nothing.
 _DAMAGE = (TENSORS, Check.VALUES)
@@ -76,7 +73,8 @@ def validate_checkpoint(
             estimates nothing.
 
     Raises:
-        ResourceError: one layer does not fit into memory, where that is estimated.
+        ResourceError: one layer does not fit into memory, where that is estimated; or activations
+            fit neither there nor on the disk.
         UsageError: there is no such device here, or the key cannot be used.
         KernelInputError: the backend cannot run there.
         ConfigError: a config.json is missing or not valid.
@@ -92,13 +90,16 @@ def validate_checkpoint(
     guide = None if teacher is None else read_config(teacher)
     if guide is not None:
         check_comparable(config, guide, where=teacher)
+    configs = [config] if guide is None else [config, guide]
     sample = _sample(checkpoint, config, teacher=teacher, text=text, options=options)
     if on_estimate is not None:
-        estimate = estimate_validation(
-            checkpoint, teacher=teacher, has_text=text is not None, options=options
+        folders = [checkpoint] if teacher is None else [checkpoint, teacher]
+        text_tokens = sample.facts.tokens if sample else 0
+        need = memory_need(configs, options, text_tokens=text_tokens)
+        on_estimate(
+            estimate_validation(folders, configs, options, memory=need, text_tokens=text_tokens)
         )
-        on_estimate(estimate)
-        require_memory(estimate, where=checkpoint)
+        require_room(need, where=checkpoint)
     integrity, found = check_integrity(
         checkpoint, config, checks=options.checks, on_progress=on_progress
     )
@@ -109,7 +110,7 @@ def validate_checkpoint(
         found,
         converted=converted_layers(config, guide),
         has_teacher=teacher is not None,
-        too_large=too_large(filter(None, (config, guide)), options),
+        too_large=too_large(configs, options),
     )
     skipped = {one.check for one in not_run}
     job = _Job(checkpoint, teacher, config, options, on_progress)

@@ -68,7 +68,13 @@ def tree(http: Handler, name: str, revision: str) -> None:
     sha = repository and http.commit(repository, revision)
     if repository and sha:
         entries = sorted(repository.commits[sha].tree.items())
-        http.answer(document=[entry.to_json(path) for path, entry in entries])
+        size = http.server.faults.list_page
+        start = int(parse_qs(http.query).get("cursor", ["0"])[0])
+        page = [entry.to_json(path) for path, entry in entries[start : start + size]]
+        host = http.server.faults.lists_go_on_at or http.server.url
+        address = f"{host}/api/models/{name}/tree/{revision}?cursor={start + size}"
+        more = {"Link": f'<{address}>; rel="next"'} if start + size < len(entries) else {}
+        http.answer(document=page, headers=more)
 
 
 def paths_info(http: Handler, name: str, revision: str) -> None:

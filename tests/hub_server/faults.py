@@ -38,14 +38,16 @@ class Faults:
     """Faults that are still to happen, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._waiting: list[Fault] = []
+        self.clear()
         self._lock = threading.Lock()
 
     def add(self, fault: Fault) -> None:
         self._waiting.append(fault)
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self._waiting: list[Fault] = []
+        self.list_page = 1000  # entries on a page of a list
+        self.lists_go_on_at = ""  # another host, for the pages after the first
 
     def take(self, request: str) -> Fault | None:
         with self._lock:

@@ -9,11 +9,14 @@ import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint, heldout_text
 from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.progress import ignore_progress
 from kimi_convert.kernels.backend import Backend
 from kimi_convert.model.kda import KdaForm
+from kimi_convert.model.text import PackedText
 from kimi_convert.validation import ValidationOptions, validate_checkpoint
 from kimi_convert.validation.bounds import coarsest, error_bound, tie_margin
-from kimi_convert.validation.estimate import estimate_validation, require_memory
+from kimi_convert.validation.estimate import estimate_validation
+from kimi_convert.validation.memory_need import memory_need, require_room
 from kimi_convert.validation.parity.compare import compare_traces
 from kimi_convert.validation.parity.greedy import compare_greedy
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
@@ -24,6 +27,7 @@ from kimi_convert.validation.parity.torch_model import (
     trace_checkpoint,
     uneven_pieces,
 )
+from kimi_convert.validation.quality import measure_quality
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -143,9 +147,31 @@ def test_layers_of_flash_linear_attention_agree(checkpoint):
 
 
 def test_estimate_is_of_the_gpu(example_hybrid):
-    options = ValidationOptions(device="cuda")
-    found = estimate_validation(example_hybrid, options=options)
-    on_cpu = estimate_validation(example_hybrid, options=ValidationOptions())
-    assert found.memory_bytes < on_cpu.memory_bytes
-    assert found.operations_per_second > on_cpu.operations_per_second
-    require_memory(found, where=example_hybrid)
+    config, found = read_config(example_hybrid), {}
+    for device in ("cuda", "cpu"):
+        options = ValidationOptions(device=device)
+        need = memory_need([config], options, text_tokens=0)
+        found[device] = estimate_validation(
+            [example_hybrid], [config], options, memory=need, text_tokens=0
+        )
+        require_room(need, where=example_hybrid)
+    assert found["cuda"].memory.memory_bytes < found["cpu"].memory.memory_bytes
+    assert found["cuda"].operations_per_second > found["cpu"].operations_per_second
+
+
+def test_hidden_states_in_files_give_the_same_report(example_hybrid):
+    tokens = torch.randint(96, (5, 65), generator=torch.Generator().manual_seed(8))
+    in_memory, in_files = (
+        measure_quality(
+            example_hybrid,
+            PackedText(tokens=tokens, kinds=("a",) * 5, left_over={}),
+            teacher=example_checkpoint(),
+            options=ValidationOptions(device="cuda", batch_rows=2),
+            on_progress=ignore_progress,
+            on_disk=on_disk,
+        )
+        for on_disk in (False, True)
+    )
+    assert in_files.student.overall.loss == pytest.approx(in_memory.student.overall.loss, rel=1e-6)
+    for one, other in zip(in_files.layers, in_memory.layers, strict=True):
+        assert one.hidden == pytest.approx(other.hidden, rel=1e-3)

@@ -17,7 +17,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe, InitMethod
 from kimi_convert.conversion.calibration.ahead import layers_ahead
 from kimi_convert.conversion.calibration.moves import MOVES
-from kimi_convert.conversion.calibration.streams import IN_MEMORY_BYTES
+from kimi_convert.conversion.calibration.streams import stays_in_memory
 from kimi_convert.model.names.layout import expected_entries
 
 # moonlet-7m, 2 cores of an AMD EPYC (Zen 5): 9 TFLOP as counted here took 160 s, at 210 GFLOP/s in
@@ -61,9 +61,10 @@ def calibration_cost(
     flops = 2 * active * passed + layers * (searches * searched + aligned) * per_pass
     streams = [_FP32 * width * size for size in (tokens, tokens, searched)]
     futures = _FP32 * width * checked * (2 * layers + 1)
-    resident = [size for size in streams if size <= IN_MEMORY_BYTES]
+    device = torch.device(device)
+    resident = [size for size in streams if stays_in_memory(size, device)]
     search = search_bytes(config, searched)
-    ahead = layers_ahead(torch.device(device), search_bytes=search)
+    ahead = layers_ahead(device, search_bytes=search)
     layer = max(_layer_bytes(entries).values())
     return CalibrationCost(
         flops=flops,

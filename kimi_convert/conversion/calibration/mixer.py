@@ -48,7 +48,8 @@ class KdaWeights:
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine is not theirs:
                 changed[field.name] = mine.clone()
-                changed[field.name][heads] = theirs[heads]
+                for head in heads:
+                    changed[field.name][head] = theirs[head]
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> KdaWeights:

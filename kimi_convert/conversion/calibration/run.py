@@ -25,8 +25,9 @@ from kimi_convert.conversion.calibration.choice import (
     choose_layers,
     longest_run,
 )
-from kimi_convert.conversion.calibration.distill import DistillInput, Hybrid, distill, outcome_from
+from kimi_convert.conversion.calibration.distill import DistillInput, distill, outcome_from
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
+from kimi_convert.conversion.calibration.hybrid import Hybrid
 from kimi_convert.conversion.calibration.report import (
     CalibrationReport,
     KeptSet,

@@ -178,9 +178,9 @@ class _Solver:
         return trained.to_record()
 
     def _forced(self, searched: Mapping[str, torch.Tensor], student: Student) -> torch.Tensor:
-        if student.prefix == "kda.":
-            return searched["kda.o.weight"].T
         assert self.layer.mla is not None
+        if student.prefix == "kda.":
+            return searched["kda.o.weight"].to(self.layer.mla.o.weight.device).T
         return kept_output(self.given.config, self.layer.mla)
 
 

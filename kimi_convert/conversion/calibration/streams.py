@@ -1,16 +1,18 @@
 """Residual streams [N, T, D] that pass through the layers, a few sequences at a time.
 
-A stream lives in memory while it is small and in a file of its own when it is not; either way it
-is one tensor, changed in place.
+On a CPU a stream lives in memory while it is small and in a file of its own when it is not; on a GPU
+it stays there. Either way it is one tensor, changed in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kimi_convert.errors import ResourceError
 from kimi_convert.model.block import DecoderLayer
@@ -20,29 +22,21 @@ _GROUPS = 10
 IN_MEMORY_BYTES = 2 * 1024**3
 
 
-def make_stream(
-    tokens: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], *, spill: Path | None
-) -> torch.Tensor:
+def make_stream(tokens: torch.Tensor, embed: nn.Embedding, *, spill: Path | None) -> torch.Tensor:
     """Return the embedded tokens [N, T, D] fp32.
 
     Args:
-        tokens: [N, T] int64.
-        embed: the model's embedding.
+        tokens: [N, T] int64, on any device.
+        embed: the model's embedding; the stream is where it is.
         spill: folder for a stream that is too large for memory; None to keep it there anyway.
 
     Raises:
         ResourceError: the file cannot be made.
     """
-    first = embed(tokens[:1])
-    shape = (*tokens.shape, first.shape[-1])
-    nbytes = 4 * tokens.numel() * first.shape[-1]
-    stream = (
-        torch.empty(shape, device=first.device)
-        if spill is None or nbytes <= IN_MEMORY_BYTES
-        else _in_file(spill, shape)
-    )
+    device = embed.weight.device
+    stream = _space((*tokens.shape, embed.embedding_dim), device, spill)
     for rows in batches(len(tokens)):
-        stream[rows] = embed(tokens[rows]).float().to(stream.device)
+        stream[rows] = embed(tokens[rows].to(device)).float()
     return stream
 
 
@@ -52,12 +46,15 @@ def copy_stream(stream: torch.Tensor, *, spill: Path) -> torch.Tensor:
     Raises:
         ResourceError: the file cannot be made.
     """
-    if 4 * stream.numel() <= IN_MEMORY_BYTES:
-        return stream.clone()
-    copied = _in_file(spill, tuple(stream.shape))
+    copied = _space(tuple(stream.shape), stream.device, spill)
     for rows in batches(len(stream)):
         copied[rows] = stream[rows]
     return copied
+
+
+def stays_in_memory(nbytes: int, device: torch.device) -> bool:
+    """Say whether a stream of a size is held in the memory of a device, or in a file."""
+    return device.type != "cpu" or nbytes <= IN_MEMORY_BYTES
 
 
 def batches(num_rows: int) -> Iterator[slice]:
@@ -82,14 +79,18 @@ def advance(stream: torch.Tensor, layer: DecoderLayer, mixed: torch.Tensor, rows
         mixed: [n, T, D], the mixer's output for those rows.
         rows: which.
     """
-    after = stream[rows].to(mixed.device) + mixed
-    stream[rows] = (after + layer.feed_forward(after)).to(stream.device)
+    after = stream[rows] + mixed
+    stream[rows] = after + layer.feed_forward(after)
+
+
+def _space(shape: tuple[int, ...], device: torch.device, spill: Path | None) -> torch.Tensor:
+    if spill is None or stays_in_memory(4 * math.prod(shape), device):
+        return torch.empty(shape, device=device)
+    return _in_file(spill, shape)
 
 
 def _in_file(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    size = 1
-    for extent in shape:
-        size *= extent
+    size = math.prod(shape)
     number = sum(1 for _ in folder.glob("*.stream"))
     path = folder / f"{number}.stream"
     try:

@@ -28,15 +28,17 @@ def empty_chunks(problem: Problem, *, for_gradients: bool) -> Chunks:
     """Allocate what the stage writes."""
     p = problem
     grid = (p.total_chunks, p.HV)
-    w = p.empty(*grid, p.C, p.BK)
+    # Of one shape in one go: an allocation costs a short call as much as a tenth of a launch.
+    w, qg, kg, *kd = p.empty(4 if for_gradients else 3, *grid, p.C, p.BK).unbind()
+    reads, solve, *inverse = p.empty(3 if for_gradients else 2, *grid, p.C, p.C).unbind()
     return Chunks(
         w=w,
-        qg=p.empty(*grid, p.C, p.BK),
-        kg=p.empty(*grid, p.C, p.BK),
-        reads=p.empty(*grid, p.C, p.C),
-        solve=p.empty(*grid, p.C, p.C),
+        qg=qg,
+        kg=kg,
+        reads=reads,
+        solve=solve,
         decay=p.empty(*grid, p.BK, dtype=torch.float32),
-        kd=torch.empty_like(w) if for_gradients else w,
-        inverse=p.empty(*grid, p.C, p.C) if for_gradients else None,
+        kd=kd[0] if kd else w,
+        inverse=inverse[0] if inverse else None,
         steep=p.empty(*grid, dtype=torch.int32),
     )

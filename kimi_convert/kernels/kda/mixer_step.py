@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kimi_convert.errors import KernelInputError
-from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.kernels.backend import Backend, launching_on, resolve_backend
 from kimi_convert.kernels.checks import expect_dtype, expect_precision
 from kimi_convert.kernels.kda.gate import Gate
 from kimi_convert.kernels.kda.mixer_step_reference import MixerStep, kda_mixer_step_reference_
@@ -86,7 +86,8 @@ def kda_mixer_step_(
     else:
         from kimi_convert.kernels.kda.mixer_step_kernel import run_mixer_step
 
-        run_mixer_step(step)
+        with launching_on(state.device):
+            run_mixer_step(step)
     return output
 
 

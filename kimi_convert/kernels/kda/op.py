@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kimi_convert.errors import KernelInputError
-from kimi_convert.kernels.backend import Backend, resolve_backend
+from kimi_convert.kernels.backend import Backend, launching_on, resolve_backend
 from kimi_convert.kernels.kda.arguments import Arguments, Options, check_arguments
 from kimi_convert.kernels.kda.chunk import CHUNK_SIZE, chunk_kda_forward
 from kimi_convert.kernels.kda.gate import Gate
@@ -88,7 +88,8 @@ def chunk_kda(
     if chosen is not Backend.TORCH:
         from kimi_convert.kernels.kda.chunk_gpu import chunk_kda_gpu
 
-        return chunk_kda_gpu(call, None if backend is None else chosen)
+        with launching_on(v.device):
+            return chunk_kda_gpu(call, None if backend is None else chosen)
 
     def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
         return chunk_kda_forward(*inputs, scale=call.scale, state=state, chunk_size=size)
@@ -131,7 +132,8 @@ def recurrent_kda(
         return torch.empty_like(v), call.state().clone()
     refused = "the recurrent Triton kernel has no gradients" if call.needs_grad else None
     if _backend("recurrent_kda", call, backend or Backend.TORCH, refused) is Backend.TRITON:
-        return _decode(call)
+        with launching_on(v.device):
+            return _decode(call)
 
     def form(inputs: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
         computed = (x.to(call.dtype) for x in inputs)

@@ -11,8 +11,8 @@ from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.errors import UsageError, VerificationError
-from kimi_convert.validation.estimate import too_large
 from kimi_convert.validation.greedy import measure_greedy
+from kimi_convert.validation.memory_need import too_large
 from kimi_convert.validation.options import ValidationOptions
 from kimi_convert.validation.page.charts import charts_of
 from kimi_convert.validation.page.data import ReportData, report_data

@@ -1,24 +1,70 @@
-"""The rows of the quality bench."""
+"""The rows of the quality bench, and what becomes of an interrupted one."""
 
 from __future__ import annotations
 
-from kimi_convert.bench import quality
+import pytest
+
+from kimi_convert.bench import quality_rows
+from kimi_convert.bench.quality_floor import OFF
+from kimi_convert.bench.quality_run import Measured, Setting
+from kimi_convert.bench.quality_table import Results
 from kimi_convert.config.calibration import InitMethod
+
+STAGES = quality_rows.stages([100], 1_000_000)
 
 
 def test_every_method_has_a_row_at_the_same_tokens_and_layers():
-    rows = dict(quality.starts([100]))
-    fitted = [method for method in InitMethod if method is not InitMethod.COPY]
-    for steps, suffix in ((0, ""), (100, " + 100 steps")):
-        for method in fitted:
+    rows = dict(quality_rows.starts(STAGES))
+    for stage, suffix in zip(
+        STAGES, ("", " + 100 steps", " + 100 steps + 1M tokens"), strict=True
+    ):
+        methods = quality_rows.DISTILLED if stage.distill_tokens else quality_rows.METHODS
+        for method in methods:
             recipe = rows[f"{method}{suffix}"]
             assert recipe.calibration is not None
             assert recipe.calibration.method is method
-            assert recipe.calibration.align.steps == steps
+            assert recipe.calibration.align.steps == stage.align_steps
+            assert recipe.calibration.distill.tokens == stage.distill_tokens
             assert recipe.kept_layers(8) == (3, 7)
-        assert len({rows[f"{method}{suffix}"].calibration.tokens for method in fitted}) == 1
+        assert len({rows[f"{method}{suffix}"].calibration.tokens for method in methods}) == 1
+    assert {InitMethod.NAIVE, InitMethod.KIL, InitMethod.TAYLOR} < {*quality_rows.DISTILLED}
 
 
 def test_rows_have_names_of_their_own():
-    names = [name for name, _ in quality.starts([100, 300])]
+    all_stages = quality_rows.stages([100, 300], 20_000_000)
+    names = [name for name, _ in quality_rows.starts(all_stages)]
     assert len(names) == len(set(names))
+
+
+def results(path, tmp_path):
+    setting = Setting(teacher=tmp_path, calibration=tmp_path, heldout=tmp_path, device="cpu")
+    return Results(setting, path)
+
+
+def run(seed, loss):
+    return Measured(seed=seed, loss=loss, kl=loss - 2, top1=0.5, seconds=1.0)
+
+
+def test_runs_are_kept_by_the_file_and_not_measured_again(tmp_path):
+    path = tmp_path / "quality.json"
+    first = results(path, tmp_path)
+    first.teacher_loss = 2.0
+    first.add(OFF, run(0, 6.0))
+    first.add("search", run(1, 2.5))
+    again = results(path, tmp_path)
+    assert again.has("search", 1)
+    assert not again.has("search", 0)
+    assert list(again.table()) == list(first.table())
+
+
+def test_r_is_the_share_of_the_loss_that_is_left(tmp_path):
+    found = results(None, tmp_path)
+    found.teacher_loss = 2.0
+    found.add(OFF, run(0, 6.0))
+    for seed, loss in enumerate((2.4, 2.4, 2.8)):
+        found.add("search", run(seed, loss))
+    (line,) = (line for line in found.table() if line.startswith("| search"))
+    # Shares of 0.1, 0.1 and 0.2: a deviation of 0.0577; Student's t of 2 degrees is 4.303.
+    mean, half = line.split("|")[4].split("±")
+    assert float(mean) == pytest.approx(0.4 / 3, abs=1e-3)
+    assert float(half) == pytest.approx(4.303 * 0.0577 / 3**0.5, abs=1e-3)

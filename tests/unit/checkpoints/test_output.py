@@ -11,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kimi_convert.checkpoints import disk
+from kimi_convert.checkpoints import disk, regular_file
 from kimi_convert.checkpoints import output as output_module
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.reader import CheckpointReader
+from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
 from kimi_convert.checkpoints.staging import PARTIAL_FOLDER
 from kimi_convert.checkpoints.tensor_bytes import write_tensor
+from kimi_convert.checkpoints.written import tensor_hashes
 from kimi_convert.errors import CheckpointError, OutputError, ResourceError, VerificationError
 from tests.unit.checkpoints.raw_files import INDEX, names_in, write_checkpoint
 
@@ -121,15 +123,23 @@ def test_files_report_sizes_and_hashes(tmp_path):
         written = output.files
     assert [file.name for file in written][:3] == SHARDS
     assert len(written) == 6
-    for file in written:
-        content = (tmp_path / "out" / file.name).read_bytes()
-        assert (file.nbytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    contents = {file.name: (tmp_path / "out" / file.name).read_bytes() for file in written}
+    assert {file.name: file.nbytes for file in written} == {
+        name: len(content) for name, content in contents.items()
+    }
+    headers = {planned.file_name: planned.header() for planned in PLAN.shards}
+    assert [file.header_sha256 for file in written[:3]] == [
+        hashlib.sha256(headers[name]).hexdigest() for name in SHARDS
+    ]
+    assert [file.sha256 for file in written[3:]] == [
+        hashlib.sha256(contents[file.name]).hexdigest() for file in written[3:]
+    ]
 
 
 def test_hash_of_every_tensor_is_reported(tmp_path):
     with open_output(tmp_path / "out") as output:
         fill(output)
-        found = {name: sha for file in output.files for name, sha in file.tensor_sha256.items()}
+        found = tensor_hashes(output.files)
     assert found == {name: hashlib.sha256(c).hexdigest() for name, c in TENSORS.items()}
 
 
@@ -402,9 +412,8 @@ def test_json_with_nan_is_refused(folder):
     assert_nothing_left(folder)
 
 
-@pytest.mark.parametrize("nbytes", [0, 5, 1_000_003])
-def test_file_is_copied(tmp_path, nbytes, monkeypatch):
-    monkeypatch.setattr(output_module, "DEFAULT_CHUNK_BYTES", 300_000)
+@pytest.mark.parametrize("nbytes", [0, 5, 2 * CHUNK_BYTES + 3])
+def test_file_is_copied(tmp_path, nbytes):
     content = os.urandom(nbytes)
     (tmp_path / "tokenizer.json").write_bytes(content)
     with open_output(tmp_path / "out") as output:
@@ -425,13 +434,13 @@ def test_file_that_becomes_shorter_while_it_is_copied_leaves_nothing(
     tmp_path, folder, monkeypatch
 ):
     (tmp_path / "f").write_bytes(b"0123456789")
-    whole = output_module.read_into
+    whole = regular_file.read_into
 
     def cut_first(descriptor, view, **where):
         os.truncate(tmp_path / "f", 3)
         whole(descriptor, view, **where)
 
-    monkeypatch.setattr(output_module, "read_into", cut_first)
+    monkeypatch.setattr(regular_file, "read_into", cut_first)
     with pytest.raises(CheckpointError, match="ends early"), open_output(folder) as output:
         output.copy_file(tmp_path / "f")
     assert_nothing_left(folder)

@@ -11,11 +11,12 @@ import pytest
 import kimi_convert.checkpoints as package
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenShard
 from tests.unit.checkpoints.raw_files import write_checkpoint
 
 BYTES_AND_NAMES = (
     "byte_size",
+    "background",
     "disk",
     "dtypes",
     "file_kinds",
@@ -23,6 +24,7 @@ BYTES_AND_NAMES = (
     "index",
     "messages",
     "output",
+    "written",
     "reader",
     "regular_file",
     "safetensors_header",
@@ -53,6 +55,6 @@ def test_names_and_bytes_need_no_torch():
 def test_what_workers_exchange_can_be_sent_to_another_process(tmp_path):
     index = open_index(write_checkpoint(tmp_path, {"one.safetensors": {"a": b"x"}}))
     plan = plan_shards([PlannedTensor("a", "U8", (1,))], 10**9)
-    written = WrittenFile("one", 1, "00", {"a": "00"})
+    written = WrittenShard("one", 1, "00", {"a": "00"})
     for item in (index, plan, written):
         assert pickle.loads(pickle.dumps(item)) == item

@@ -61,20 +61,9 @@ def test_chunks_have_the_asked_size_and_nothing_is_lost(tmp_path_factory, chunk_
     assert {len(chunk) for chunk in chunks[:-1]} <= {chunk_bytes}
 
 
-def test_chunks_share_one_buffer(reader):
-    first = [chunk.obj for chunk in reader.chunks("bytes", chunk_bytes=40)]
-    second = [chunk.obj for chunk in reader.chunks("bytes", chunk_bytes=40)]
-    assert len({id(buffer) for buffer in first + second}) == 1
-
-
-def test_two_readings_at_once_do_not_disturb_each_other(reader):
-    list(reader.chunks("bytes"))  # leaves a buffer that only one of the two may take
-    pairs = zip(
-        reader.chunks("bytes", chunk_bytes=50), reader.chunks("bytes", chunk_bytes=50), strict=True
-    )
-    for first, second in pairs:
-        assert first.obj is not second.obj
-        assert bytes(first) == bytes(second)
+def test_chunks_that_are_kept_stay_as_they_are(reader):
+    kept = [*reader.chunks("bytes", chunk_bytes=40), *reader.chunks("bytes", chunk_bytes=40)]
+    assert b"".join(kept) == 2 * TENSORS["bytes"].numpy().tobytes()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 5), (0, 0), (1, 3), (4, 5), (5, 5)])
@@ -279,8 +268,8 @@ def resident(tmp_path_factory):
     return json.loads(run.stdout)
 
 
-def test_chunks_hold_one_buffer(resident):
-    assert resident["chunks"] < 12 * MEBIBYTE
+def test_chunks_hold_no_more_than_a_few_pieces(resident):
+    assert resident["chunks"] < 24 * MEBIBYTE
 
 
 def test_chunks_need_no_torch(resident):

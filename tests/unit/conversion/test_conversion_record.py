@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import kimi_convert
-from kimi_convert.checkpoints.writer import WrittenFile
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.conversion.conversion_record import (
     extend_conversion_record,
     read_conversion_record,
@@ -14,7 +14,7 @@ from kimi_convert.errors import CheckpointError
 
 RECORD = {"format": 1, "files": {"old": {}}, "tensors": {"x": {"op": "copy"}}, "odd": [1, None]}
 FILES = (
-    WrittenFile("model-1.safetensors", 9, "a" * 64, {"x": "b" * 64}),
+    WrittenShard("model-1.safetensors", 9, "a" * 64, {"x": "b" * 64}),
     WrittenFile("config.json", 5, "c" * 64),
 )
 
@@ -28,12 +28,12 @@ def test_record_is_kept_and_extended():
     export = extended.pop("export")
     assert extended == RECORD
     assert export == {
-        "format": 1,
+        "format": 2,
         "tool": {"name": "kimi-convert", "version": kimi_convert.__version__},
         "dtype": "float16",
         "earlier": [],
         "files": {
-            "model-1.safetensors": {"sha256": "a" * 64, "size": 9},
+            "model-1.safetensors": {"header_sha256": "a" * 64, "size": 9},
             "config.json": {"sha256": "c" * 64, "size": 5},
         },
         "tensors": {"x": {"sha256": "b" * 64}},

@@ -57,6 +57,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def header_of(content: bytes) -> bytes:
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
 def tensor_hashes(folder):
     """Hash every tensor's bytes through the safetensors library."""
     found = {}
@@ -101,11 +105,16 @@ def test_copied_tensors_have_the_hash_of_their_source(conversion, document):
 
 
 def test_every_other_file_is_listed_with_its_hash_and_size(conversion, document):
-    output = conversion[1]
-    assert document["files"] == {
-        path.name: {"sha256": sha256(path.read_bytes()), "size": path.stat().st_size}
-        for path in output.iterdir()
+    contents = {
+        path.name: path.read_bytes()
+        for path in conversion[1].iterdir()
         if path.name != CONVERSION_FILE
+    }
+    assert document["files"] == {
+        name: {"header_sha256": sha256(header_of(content)), "size": len(content)}
+        if name.endswith(".safetensors")
+        else {"sha256": sha256(content), "size": len(content)}
+        for name, content in contents.items()
     }
     assert "tokenizer.json" in document["files"]
 
@@ -138,7 +147,7 @@ def test_recipe_can_be_made_again_from_its_record(document):
 
 
 def test_tool_and_runtimes_are_named(document):
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["tool"] == {"name": "kimi-convert", "version": kimi_convert.__version__}
     refusing = {one["runtime"] for one in document["runtimes"] if not one["loads"]}
     assert "vLLM" in refusing

@@ -272,10 +272,15 @@ def test_result_hashes_what_is_there(tmp_path):
     result = export(source, tmp_path / "out", max_shard_bytes=60_000)
     document = json.loads(json.dumps(result.to_json()))
     assert document["output"] == str(tmp_path / "out")
-    assert document["files"] == {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-        for name, data in files_of(tmp_path / "out").items()
+    contents = files_of(tmp_path / "out")
+    assert {name: file["size"] for name, file in document["files"].items()} == {
+        name: len(content) for name, content in contents.items()
     }
+    assert {name: file.get("sha256") for name, file in document["files"].items()} == {
+        name: None if name.endswith(".safetensors") else hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+    }
+    assert sum("header_sha256" in file for file in document["files"].values()) == 5
 
 
 def test_conversion_record_is_carried_with_the_hashes_of_the_export(tmp_path):

@@ -12,7 +12,7 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from kimi_convert.checkpoints.disk import write_all
 from kimi_convert.checkpoints.origin import read_origin
-from kimi_convert.errors import HubError, OutputError, ResourceError, UsageError
+from kimi_convert.errors import HubError, InputError, OutputError, ResourceError, UsageError
 from kimi_convert.hub import download_checkpoint, fetch_job, transfer
 from kimi_convert.hub.transfer import PIECE_BYTES
 from tests.hub_server.fixtures import *  # noqa: F403
@@ -162,7 +162,9 @@ def test_some_files_of_another_commit_leave_the_checkpoint_loadable(hub, reposit
     repository.seed({"README.md": b"new"})
     download_checkpoint(NAME, local_dir=tmp_path / "out", include=["README.md"])
     assert set(contents(tmp_path / "out")) == WANTED
-    assert read_origin(tmp_path / "out").commit == first
+    origin = read_origin(tmp_path / "out")
+    assert origin is not None
+    assert origin.commit == first
 
 
 def test_own_file_in_the_way_is_not_replaced(hub, repository, tmp_path):
@@ -294,6 +296,43 @@ def test_redirect_to_another_host_gets_no_token(hub, repository, tmp_path, wante
     assert contents(tmp_path / "out") == wanted
     assert [request.authorization for request in elsewhere.requests] == ["", ""]
     assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}  # noqa: F405
+
+
+def test_list_that_goes_on_at_another_host_is_asked_there_without_the_token(
+    hub, repository, tmp_path, wanted
+):
+    elsewhere = HubServer(hub.store)
+    with running(elsewhere):
+        elsewhere.faults.lists_go_on_at = hub.url
+        hub.faults.list_page = elsewhere.faults.list_page = 2
+        hub.faults.lists_go_on_at = elsewhere.url.replace("127.0.0.1", "localhost")
+        download_checkpoint(NAME, local_dir=tmp_path / "out")
+    assert contents(tmp_path / "out") == wanted
+    assert {request.authorization for request in elsewhere.requests} == {""}
+    assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}  # noqa: F405
+    assert len(hub.asked("GET .*/tree/")) >= 2  # back at home, with the token
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<p>",
+        b'{"error": "no"}',
+        b"[7]",
+        b'[{"type": "file", "path": "a", "size": -1, "oid": "%s"}]' % (b"0" * 40),
+        b'[{"type": "file", "path": "a", "size": 1, "oid": "0"}]',
+    ],
+)
+def test_listing_that_is_none_is_refused(hub, repository, tmp_path, body):
+    hub.fault("GET .*/tree/", body=body)
+    with pytest.raises(InputError, match="does not make sense"):
+        download_checkpoint(NAME, local_dir=tmp_path / "out")
+
+
+def test_list_without_an_end_is_refused(hub, repository, tmp_path):
+    hub.faults.list_page = 0
+    with pytest.raises(HubError, match="no end"):
+        download_checkpoint(NAME, local_dir=tmp_path / "out")
 
 
 def test_rate_limit_is_waited_for(hub, repository, tmp_path, wanted):

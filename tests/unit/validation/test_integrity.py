@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -159,6 +160,29 @@ def test_flipped_bit_names_the_file_and_the_tensor(tmp_path):
     assert of_file.found != of_file.expected
     assert of_tensor.found != of_tensor.expected
     assert {of_file.severity, of_tensor.severity} == {Severity.ERROR}
+
+
+def test_header_of_a_file_is_held_against_its_own_hash(tmp_path):
+    write_hybrid(tmp_path)
+    record = record_hashes(tmp_path)
+    spec = open_index(tmp_path).spec("model.norm.weight")
+    path = tmp_path / spec.shard
+    header_bytes = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    digest = hashlib.sha256(path.read_bytes()[:header_bytes]).hexdigest()
+    record["files"][spec.shard] = {"header_sha256": digest, "size": path.stat().st_size}
+    write_json(tmp_path / "conversion.json", record)
+    assert findings(tmp_path, HASHES) == ()
+
+    data = bytearray(path.read_bytes())
+    data[spec.start] ^= 1
+    path.write_bytes(data)
+    (of_tensor,) = findings(tmp_path, HASHES)
+    assert of_tensor.where == "model.norm.weight"
+
+    data[spec.start] ^= 1
+    path.write_bytes(data.replace(b'"pt"', b'"np"'))
+    (of_header,) = findings(tmp_path, HASHES)
+    assert (of_header.where, of_header.expected) == (spec.shard, digest)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
 from kimi_convert.validation.options import Check, ValidationOptions
 from kimi_convert.validation.probe_streams import probes_of
-from kimi_convert.validation.quality import converted_layers, measure_quality
+from kimi_convert.validation.quality import measure_quality
+from kimi_convert.validation.text_streams import converted_layers
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
 from tests.unit.validation.build import (
     HYBRID,
@@ -269,3 +270,16 @@ def test_layers_are_loaded_one_at_a_time(pair, monkeypatch):
     measure(*pair)
     assert len(alive) == 2 * read_config(pair[0]).num_layers
     assert largest == 2
+
+
+def test_hidden_states_in_files_give_the_same_report(pair, report):
+    student, teacher = pair
+    found = measure_quality(
+        student,
+        random_text(),
+        teacher=teacher,
+        options=ValidationOptions(),
+        on_progress=silent,
+        on_disk=True,
+    )
+    assert found == report

@@ -35,6 +35,13 @@ def test_files_and_tensors_of_a_conversion_are_read(tmp_path):
     assert record.tensors == {"x.weight": B}
 
 
+def test_file_of_weights_is_recorded_by_its_header(tmp_path):
+    files = {"model.safetensors": {"header_sha256": A, "size": 12}}
+    write_json(tmp_path / "conversion.json", conversion(files))
+    (record,) = read(tmp_path)
+    assert record.files == {"model.safetensors": FileHash(A, 12, of_header=True)}
+
+
 def test_hashes_of_an_export_stand_for_those_of_the_conversion(tmp_path):
     before = conversion({"old": {"sha256": A, "size": 1}}, {"x": {"sha256": A}})
     now = {"files": {"new": {"sha256": B, "size": 2}}, "tensors": {"x": {"sha256": B}}}
@@ -72,6 +79,7 @@ def test_name_that_is_not_a_plain_file_is_refused(name, tmp_path):
         pytest.param(conversion({"a": {"size": 1}}), id="no-hash"),
         pytest.param(conversion({"a": {"sha256": A[1:], "size": 1}}), id="short-hash"),
         pytest.param(conversion({"a": {"sha256": "g" * 64, "size": 1}}), id="not-hex"),
+        pytest.param(conversion({"a": {"header_sha256": A[1:], "size": 1}}), id="short-header"),
         pytest.param(conversion({"a": {"sha256": A}}), id="no-size"),
         pytest.param(conversion({"a": {"sha256": A, "size": True}}), id="size-is-true"),
         pytest.param(conversion({"a": {"sha256": A, "size": "1"}}), id="size-is-text"),

@@ -23,7 +23,7 @@ from kimi_convert.validation import (
     Check,
     Severity,
     ValidationOptions,
-    estimate,
+    memory_need,
     validate_checkpoint,
 )
 from tests.tiny import tiny_config, write_tiny_checkpoint
@@ -131,7 +131,9 @@ def test_models_too_large_for_memory_are_measured_without_writing(
     hybrid, teacher, text, monkeypatch
 ):
     # One layer fits, the whole of either does not.
-    monkeypatch.setattr(estimate, "free_memory_bytes", lambda: estimate.PROCESS_BYTES + 200_000)
+    monkeypatch.setattr(
+        memory_need, "free_memory_bytes", lambda: memory_need.PROCESS_BYTES + 200_000
+    )
     report = validate(hybrid, teacher=teacher, text=text)
     assert report.quality.greedy is None
     assert report.quality.probes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,8 +29,8 @@ class Kernel:
     threads: int  # of a block
     shared_bytes: int  # of a block
 
-    def launch(self, grid: tuple[int, int], arguments: Sequence[int | float]) -> None:
-        """Launch blocks on the current stream; pointers as integers, 0 for none."""
+    def launch(self, device: int, grid: tuple[int, int], arguments: Sequence[int | float]) -> None:
+        """Launch blocks on a device's current stream; pointers as integers, 0 for none."""
         _enter_context()
         packed = self.parameters.pack(*arguments)
         buffer = ctypes.create_string_buffer(packed, len(packed))
@@ -42,7 +42,7 @@ class Kernel:
             ctypes.addressof(size),
             None,
         )
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(_current_stream(device))
         _check(
             _driver().cuLaunchKernel(
                 self.handle, *grid, 1, self.threads, 1, 1, self.shared_bytes, stream, None, extra
@@ -73,6 +73,15 @@ def load_kernel(
     attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return Kernel(function, struct.Struct(parameters), threads, shared_bytes)
+
+
+def _current_stream(device: int) -> int:
+    """Return the handle of PyTorch's current stream.
+
+    The public way makes a Stream object, which takes longer than the launch; Triton asks as here.
+    """
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device).cuda_stream if raw is None else raw(device)
 
 
 def _enter_context() -> None:

@@ -27,10 +27,12 @@ def kda_intra_cuda(problem: Problem, *, for_gradients: bool = False) -> Chunks:
         *(p.T, p.num_chunks, p.N, p.total_chunks, p.H, p.HV, p.scale, p.lower_bound),
     )
     kernel = _kernel(p, for_gradients=for_gradients, steep=False)
-    kernel.launch((p.total_chunks, p.HV), arguments)
+    device = p.v.device.index
+    kernel.launch(device, (p.total_chunks, p.HV), arguments)
     if p.law != BOUNDED.value or p.lower_bound < _GENTLE_BOUND:
-        blocks = min(p.total_chunks * p.HV, _STEEP_BLOCKS * multiprocessors(p.v.device.index))
-        _kernel(p, for_gradients=for_gradients, steep=True).launch((blocks, 1), arguments)
+        blocks = min(p.total_chunks * p.HV, _STEEP_BLOCKS * multiprocessors(device))
+        steep = _kernel(p, for_gradients=for_gradients, steep=True)
+        steep.launch(device, (blocks, 1), arguments)
     return chunks
 
 

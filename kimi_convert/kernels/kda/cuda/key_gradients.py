@@ -88,4 +88,4 @@ def _launch(
         parameters=_PARAMETERS,
         shared_bytes=shared_bytes,
     )
-    kernel.launch(grid, arguments)
+    kernel.launch(problem.v.device.index, grid, arguments)

@@ -21,12 +21,13 @@ from kimi_convert.config.calibration import (
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
 from kimi_convert.config.target_format import TargetFormat
-from kimi_convert.conversion.calibration import align, distill, moves, outputs, search
+from kimi_convert.conversion.calibration import ahead, align, distill, moves, outputs, search
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
 from kimi_convert.model.loading import load_model
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
+from tests.pretend_device import pretended_device
 from tests.quantized import write_twins
 from tests.tiny import tiny_config, write_tiny_checkpoint
 from tests.unit.validation.build import edit_tensors
@@ -317,31 +318,56 @@ def test_gradients_are_as_they_were_after_a_calibration(tmp_path, text):
     assert torch.is_grad_enabled()
 
 
-def distilled(steps=24, rate=3e-3):
-    recipe = recipe_of(InitMethod.NAIVE)
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device that is not the CPU, in this thread and in those of the search."""
+    monkeypatch.setattr(torch, "lazy", torch.cpu, raising=False)  # what `checkpoint` looks up
+    real = ahead.SearchPool._run
+
+    def run(*given):
+        with pretended_device():
+            real(*given)
+
+    monkeypatch.setattr(ahead.SearchPool, "_run", run)
+    with pretended_device() as device:
+        yield device
+
+
+def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewhere):
+    recipe = distilled(recipe_of(steps=1), steps=1)
+    source = source_of(tmp_path, num_hidden_layers=2)
+    there = convert(source, tmp_path / "there", text, recipe=recipe, device=elsewhere).fit
+    here = convert(source, tmp_path / "here", text, recipe=recipe).fit
+    assert there is not None
+    assert here is not None
+    assert there.validation.kl == pytest.approx(here.validation.kl, rel=1e-3)
+
+
+def distilled(recipe=None, *, steps=16, rate=1e-3):
+    recipe = recipe or recipe_of(InitMethod.NAIVE)
     assert recipe.calibration is not None
     distill = DistillRecipe(
-        tokens=steps * 4 * LENGTH, tokens_per_step=4 * LENGTH, learning_rate=rate
+        tokens=steps * 8 * LENGTH, tokens_per_step=8 * LENGTH, learning_rate=rate
     )
     return replace(recipe, calibration=replace(recipe.calibration, distill=distill))
 
 
 @pytest.fixture
-def repeated(tmp_path):
-    """A few rows again and again, so that what is learned on some holds on others."""
+def fresh(tmp_path):
+    """As `text`, but enough to train on that the output matrices were not solved on."""
     order = random.Random(4)
-    rows = [[order.randrange(3, 96) for _ in range(LENGTH - 1)] for _ in range(12)]
-    path = tmp_path / "repeated.jsonl"
-    path.write_text("".join(json.dumps({"ids": rows[n % 12]}) + "\n" for n in range(120)))
+    path = tmp_path / "fresh.jsonl"
+    rows = ([order.randrange(3, 96) for _ in range(40)] for _ in range(400))
+    path.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
     return path
 
 
-def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, repeated):
-    result = convert(source_of(tmp_path), tmp_path / "out", repeated, recipe=distilled())
+def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, fresh):
+    result = convert(source_of(tmp_path), tmp_path / "out", fresh, recipe=distilled())
     assert result.fit is not None
     note = result.fit.distilled
     assert note is not None
-    assert note["steps"] == 24
+    assert note["steps"] == 16
     assert note["losses"][1] < note["losses"][0]
     assert note["taken"]
     assert note["after"]["kl"] < note["before"]["kl"]
@@ -358,16 +384,14 @@ def test_distillation_brings_the_student_nearer_and_is_reported(tmp_path, repeat
     ],
     ids=["full-q", "low-rank-q", "bailing_hybrid"],
 )
-def test_written_checkpoint_is_as_near_as_the_report_says(
-    tmp_path, repeated, trained, form, fields
-):
+def test_written_checkpoint_is_as_near_as_the_report_says(tmp_path, fresh, trained, form, fields):
     recipes = {"solved": recipe_of(), "aligned": recipe_of(steps=30), "distilled": distilled()}
     recipe = replace(recipes[trained], output_format=form)
     source = source_of(tmp_path, **fields)
-    result = convert(source, tmp_path / "out", repeated, recipe=recipe)
+    result = convert(source, tmp_path / "out", fresh, recipe=recipe)
     assert result.fit is not None
     assert result.fit.distilled is None or result.fit.distilled["taken"]
-    rows = calibration_text(repeated, source, read_config(source), recipe.calibration, seed=0)
+    rows = calibration_text(fresh, source, read_config(source), recipe.calibration, seed=0)
     check = rows.tokens[-rows.validation_rows :]
     teacher, student = (load_model(folder) for folder in (source, result.output))
     with torch.no_grad():
@@ -377,15 +401,11 @@ def test_written_checkpoint_is_as_near_as_the_report_says(
 
 
 def test_distillation_that_does_not_help_is_not_taken(tmp_path, text, monkeypatch):
-    real = distill._train
+    def harm(training, step, tokens):
+        for layer in training.hybrid.layers:
+            layer.matrix.data.mul_(-3)
 
-    def harmful(hybrid, *rest):
-        losses = real(hybrid, *rest)
-        for matrix in hybrid.matrices:
-            matrix.data.mul_(-3)
-        return losses
-
-    monkeypatch.setattr(distill, "_train", harmful)
+    monkeypatch.setattr(distill._Training, "_step", harm)
     result = convert(source_of(tmp_path), tmp_path / "out", text, recipe=distilled(steps=2))
     assert result.fit is not None
     assert not result.fit.distilled["taken"]
@@ -419,5 +439,5 @@ def test_loss_that_is_not_finite_ends_distillation(tmp_path, text):
         monstrous = distilled(steps=30, rate=1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distill, "_CLIP", float("inf"))
-            patch.setattr(distill, "_size", lambda *_: 1e30)
+            patch.setattr(distill, "step_size", lambda *_: 1e30)
             convert(source_of(tmp_path), tmp_path / "out", text, recipe=monstrous)

@@ -80,8 +80,8 @@ class FakeDriver:
         return 0
 
     def cuLaunchKernel(self, handle, *rest):
-        *sizes, _, parameters, extra = rest
-        self.sizes, self.parameters = sizes, parameters
+        *sizes, stream, parameters, extra = rest
+        self.sizes, self.stream, self.parameters = sizes, stream.value, parameters
         count = ctypes.cast(extra[3], ctypes.POINTER(ctypes.c_size_t))[0]
         self.packed = ctypes.string_at(extra[1], count)
         return self.result
@@ -92,18 +92,16 @@ def fake_driver(monkeypatch):
     fake = FakeDriver()
     fake.result = 0
 
-    class Stream:
-        cuda_stream = 0
-
     monkeypatch.setattr(driver, "_driver", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(driver, "_current_stream", lambda device: 1000 + device)
     return fake
 
 
 def test_a_launch_hands_over_grid_block_memory_and_arguments(fake_driver):
     kernel = driver.Kernel(ctypes.c_void_p(7), struct.Struct("@2Pif"), 128, 4096)
-    kernel.launch((5, 3), (1 << 40, 0, -2, 0.5))
+    kernel.launch(3, (5, 3), (1 << 40, 0, -2, 0.5))
     assert fake_driver.sizes == [5, 3, 1, 128, 1, 1, 4096]
+    assert fake_driver.stream == 1003
     assert struct.unpack("@2Pif", fake_driver.packed) == (1 << 40, 0, -2, 0.5)
 
 
@@ -111,7 +109,7 @@ def test_a_refused_launch_is_our_error(fake_driver):
     fake_driver.result = 701
     kernel = driver.Kernel(ctypes.c_void_p(7), struct.Struct("@P"), 128, 4096)
     with pytest.raises(driver.DriverError, match="out of luck"):
-        kernel.launch((1, 1), (0,))
+        kernel.launch(0, (1, 1), (0,))
 
 
 def test_a_call_on_the_cpu_is_refused_and_says_why():

@@ -1,0 +1,69 @@
+"""What hybrids can start from and go through: the rows of the quality bench, as recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kimi_convert.config.calibration import InitMethod
+from kimi_convert.config.recipe import Recipe, RopeHandling, default_recipe, with_training
+
+METHODS = tuple(method for method in InitMethod if method is not InitMethod.COPY)
+# Distillation takes minutes a row: what others start from, not what every start has to beat.
+DISTILLED = tuple(
+    method
+    for method in METHODS
+    if method not in (InitMethod.ABLATE, InitMethod.MEAN, InitMethod.TOKENWISE)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What comes after the start, the same for all."""
+
+    align_steps: int = 0
+    distill_tokens: int = 0
+    distill_rate: float | None = None  # None for the recipe's
+
+    @property
+    def suffix(self) -> str:
+        """How a row's name tells it."""
+        aligned = f" + {self.align_steps} steps" if self.align_steps else ""
+        millions = f"{self.distill_tokens / 1e6:g}M"
+        return aligned + (f" + {millions} tokens" if self.distill_tokens else "")
+
+
+def stages(align: Sequence[int], distill_tokens: int, *, rate: float | None = None) -> list[Stage]:
+    """Return no training, every alignment, and the last alignment followed by distillation."""
+    found = [Stage(align_steps=steps) for steps in (0, *align)]
+    if distill_tokens:
+        last = align[-1] if align else 0
+        found.append(Stage(align_steps=last, distill_tokens=distill_tokens, distill_rate=rate))
+    return found
+
+
+def starts(all_stages: Sequence[Stage]) -> Iterator[tuple[str, Recipe]]:
+    """Yield every start by name, at equal tokens and, but for the choice of layers, equal stages."""
+    yield "copied, no text", Recipe()
+    released = replace(default_recipe(), choose_layers=False)
+    for stage in all_stages:
+        for method in DISTILLED if stage.distill_tokens else METHODS:
+            yield f"{method}{stage.suffix}", _with(released, method, stage)
+        if not stage.distill_tokens:
+            dropped = replace(released, rope=RopeHandling.DROP)
+            yield f"search, rope dropped{stage.suffix}", _with(dropped, InitMethod.SEARCH, stage)
+        for method in (InitMethod.NAIVE, InitMethod.SEARCH):
+            yield f"{method}, layers chosen{stage.suffix}", _with(default_recipe(), method, stage)
+
+
+def _with(recipe: Recipe, method: InitMethod, stage: Stage) -> Recipe:
+    assert recipe.calibration is not None
+    fitted = replace(recipe.calibration, method=method)
+    if stage.distill_rate is not None:
+        distill = replace(fitted.distill, learning_rate=stage.distill_rate)
+        fitted = replace(fitted, distill=distill)
+    return with_training(
+        replace(recipe, calibration=fitted),
+        align_steps=stage.align_steps,
+        distill_tokens=stage.distill_tokens,
+    )

@@ -1,0 +1,66 @@
+"""How far a distillation is: the optimizer's state, the losses, and the best parameters so far."""
+
+from __future__ import annotations
+
+import torch
+
+from kimi_convert.conversion.calibration.hybrid import Hybrid
+from kimi_convert.conversion.calibration.store import CalibrationStore
+
+_NAME = "distill-state"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DistillState:
+    """What an interrupted distillation goes on from."""
+
+    def __init__(
+        self, hybrid: Hybrid, optimizer: torch.optim.Optimizer, store: CalibrationStore
+    ) -> None:
+        """Take over the store's last state, if it has one: parameters of the hybrid included."""
+        self.optimizer = optimizer
+        self.losses: list[float] = []  # one for each finished step
+        self.looks: list[list[float]] = []  # [steps, KL on validation tokens]
+        self.best: dict[str, torch.Tensor] = {}
+        self._hybrid, self._store = hybrid, store
+        if store.has(_NAME):
+            self._resume()
+
+    def look(self, steps: int, kl: float) -> None:
+        """Note what validation says after so many steps; keep the parameters if it is the best."""
+        if kl < min((seen for _, seen in self.looks), default=float("inf")) or not self.best:
+            self.best = {
+                name: value.detach().clone() for name, value in self._hybrid.trained().items()
+            }
+        self.looks.append([steps, kl])
+
+    def save(self) -> None:
+        """Put everything into the store.
+
+        Raises:
+            ResourceError: the disk is full or cannot be written.
+        """
+        tensors = {f"{name}:best": value for name, value in self.best.items()}
+        for name, value in self._hybrid.trained().items():
+            state = self.optimizer.state[value]
+            tensors |= {f"{name}:{key}": state[key] for key in _MOMENTS}
+            tensors[f"{name}:value"] = value
+        self._store.save(_NAME, tensors, {"losses": self.losses, "looks": self.looks})
+
+    def _resume(self) -> None:
+        tensors, record = self._store.tensors(_NAME), self._store.record(_NAME)
+        losses, looks = record["losses"], record["looks"]
+        assert isinstance(losses, list)
+        assert isinstance(looks, list)
+        self.losses, self.looks = losses, looks
+        for name, value in self._hybrid.trained().items():
+            value.data.copy_(tensors[f"{name}:value"])
+            fused = self.optimizer.defaults["fused"]
+            self.optimizer.state[value] = {
+                "step": torch.tensor(
+                    float(len(losses)), device=value.device if fused else torch.device("cpu")
+                ),
+                **{key: tensors[f"{name}:{key}"].to(value.device) for key in _MOMENTS},
+            }
+            if f"{name}:best" in tensors:
+                self.best[name] = tensors[f"{name}:best"].to(value.device)
