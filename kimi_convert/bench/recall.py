@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from kimi_convert.checkpoints.examples import heldout_text
-from kimi_convert.commands._numbers import layers_text
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.errors import InputError, KimiConvertError
 from kimi_convert.model.loading import open_layers
@@ -117,7 +116,7 @@ def table_of(found: Sequence[Reach]) -> Iterator[str]:
     yield f"| teacher | {' | '.join(teacher)} | - |"
     for one in found:
         shares = (f"{one.copied[n][0]:.1%}" for n in contexts)
-        yield f"| {layers_text(one.kept)} ({one.name}) | {' | '.join(shares)} | {one.kl:.3f} |"
+        yield f"| {', '.join(map(str, one.kept))} ({one.name}) | {' | '.join(shares)} | {one.kl:.3f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
