@@ -22,7 +22,7 @@ def errors_of_layer(layer_idx: int) -> Generator[None]:
     except (CalibrationError, VerificationError) as error:
         error.where = error.where or f"layer {layer_idx}"
         raise
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  (it is documented)
         raise CalibrationError(
             "a matrix of this layer's moments cannot be solved or decomposed",
             where=f"layer {layer_idx}",
