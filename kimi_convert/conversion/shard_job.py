@@ -232,7 +232,6 @@ class _Maker:
                 found=f"values up to {made.abs().max().item():.3g}",
                 hint="Lower the gains of the recipe, or convert from a bf16 or fp32 copy.",
             )
-        self.reader.release()
         return tensor_bytes(stored)
 
     def _fitted(self, task: TensorTask) -> torch.Tensor:
@@ -254,7 +253,7 @@ class _Maker:
         return TRANSFORMS[task.op](job)
 
     def _wide(self, name: str) -> torch.Tensor:
-        tensor = self.reader.tensor(self.job.weights[name]).float()
+        tensor = self.reader.wide(self.job.weights[name])
         if not _is_finite(tensor):
             raise not_finite_error(name, self.job.index.folder)
         return tensor
