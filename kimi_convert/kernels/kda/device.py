@@ -15,6 +15,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 INTERPRETED = tl.constexpr(interprets())
 
+# How fp32 operands are multiplied on tensor cores: each in three parts of bf16, which hold all 24
+# bits, in the time of "tf32x3", whose two parts hold 21. Triton before 3.6 has the latter alone, and
+# the interpreter, which multiplies in fp32 anyway, knows no other.
+SINGLE_PRECISION = tl.constexpr(
+    "bf16x6"
+    if not interprets() and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    else "tf32x3"
+)
+
 # Gate laws: what the gate input is.
 PRECOMPUTED = tl.constexpr(0)  # the natural log decay itself
 SOFTPLUS = tl.constexpr(1)  # f of g = -exp(A_log) softplus(f + dt_bias)
@@ -116,7 +125,7 @@ def from_middle(g, before, shift, C: tl.constexpr, SUMMED: tl.constexpr):
     middle = ((i >> shift) << shift) + tl.maximum((1 << shift) // 2, 1) - 1
     if SUMMED:
         signs = ((t > middle) & (t <= i)).to(tl.float32) - ((t > i) & (t <= middle)).to(tl.float32)
-        distance = tl.dot(signs, g, input_precision="tf32x3")
+        distance = tl.dot(signs, g, input_precision=SINGLE_PRECISION)
     else:
         distance = before - select_rows((t == middle).to(tl.float16), before)
     return distance

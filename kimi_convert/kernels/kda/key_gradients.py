@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_convert.kernels.kda.device import LOG2_E, from_middle, halvings, locate_chunk
+from kimi_convert.kernels.kda.device import (
+    LOG2_E,
+    SINGLE_PRECISION,
+    from_middle,
+    halvings,
+    locate_chunk,
+)
 
 
 @triton.jit
@@ -112,8 +118,8 @@ def kda_key_gradients_kernel(
         b_k = tl.load(k + p_qk, mask=m_tk, other=0).to(tl.float32)
         total = tl.sum(b_g, 0)
         if EXACT:
-            before = tl.dot((row >= column).to(tl.float32), b_g, input_precision="tf32x3")
-            after = tl.dot((row < column).to(tl.float32), b_g, input_precision="tf32x3")
+            before = tl.dot((row >= column).to(tl.float32), b_g, input_precision=SINGLE_PRECISION)
+            after = tl.dot((row < column).to(tl.float32), b_g, input_precision=SINGLE_PRECISION)
         else:
             before = tl.cumsum(b_g, 0)
             after = total[None, :] - before
@@ -123,7 +129,7 @@ def kda_key_gradients_kernel(
         # What passes through exp(G_C - G_j) counts for the g after j. Summed without j itself, which
         # may be as much larger as the decay is strong.
         earlier = (row > column).to(tl.float32)
-        b_dg = tl.dot(earlier, b_k * b_dk_column, input_precision="tf32x3")
+        b_dg = tl.dot(earlier, b_k * b_dk_column, input_precision=SINGLE_PRECISION)
         b_dg += (tl.exp2(total) * b_ddecay)[None, :]
         b_dk_after = b_dk_column
         b_dk_column = tl.zeros([C, TILE_K], tl.float32)
@@ -153,7 +159,7 @@ def kda_key_gradients_kernel(
         # Not a reversed cumsum: on a GPU, that of Triton 3.6 is wrong here.
         passed = b_q * b_dq + b_k * (b_dk_row - b_dk_column)
         later = (row <= column).to(tl.float32)
-        b_dg = tl.dot(later, passed, acc=b_dg, input_precision="tf32x3")
+        b_dg = tl.dot(later, passed, acc=b_dg, input_precision=SINGLE_PRECISION)
         b_dq += own * b_k
         b_dk_column += b_dk_after + own * b_q
         tl.store(d_q + p_tk, (b_dq * scale).to(d_q.dtype.element_ty), mask=m_tk)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kimi_convert.kernels.kda.device import from_middle, halvings
+from kimi_convert.kernels.kda.device import SINGLE_PRECISION, from_middle, halvings
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def add_pairs_by_halving(
     row, column = i[:, None], i[None, :]
     apart = row ^ column
     if EXACT:
-        before = tl.dot((row >= column).to(tl.float32), b_g, input_precision="tf32x3")
-        after = tl.dot((row < column).to(tl.float32), b_g, input_precision="tf32x3")
+        before = tl.dot((row >= column).to(tl.float32), b_g, input_precision=SINGLE_PRECISION)
+        after = tl.dot((row < column).to(tl.float32), b_g, input_precision=SINGLE_PRECISION)
     else:
         before = tl.cumsum(b_g, 0)
         after = total[None, :] - before

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import triton
 from torch import Tensor
 
+from kimi_convert.kernels.kda.device import SINGLE_PRECISION
+
 TILE_K = 64  # key channels that `intra` takes at a time
 TILE_V = 64  # value channels that the gradients take at a time
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots, which have no cached properties
+@dataclass(slots=True, kw_only=True)
 class Problem:
     """Tensors are contiguous; T tokens of each of N sequences, or N packed ones where B is 1.
 
-    Sizes are worked out once: a short call waits for nothing as long as for Python.
+    Nothing changes once it is made. Sizes are worked out here, not where they are read: a short call
+    waits for nothing as long as for Python.
     """
 
     q: Tensor  # [B, T, H, K]
@@ -36,90 +38,48 @@ class Problem:
     chunk_offsets: Tensor | None  # [N + 1] int32: chunks before each sequence
     C: int  # tokens of a chunk, a power of two
 
-    @cached_property
-    def N(self) -> int:
-        """Sequences."""
-        return self.q.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+    N: int = field(init=False)  # sequences
+    T: int = field(init=False)  # tokens of a sequence, or of all where packed
+    H: int = field(init=False)  # heads of q and k
+    HV: int = field(init=False)  # heads of v, g, beta and the state
+    K: int = field(init=False)  # width of a key
+    V: int = field(init=False)  # width of a value
+    # K, padded to a power of two, and to no less than the key channels that `intra` takes at a time.
+    # Narrower products read shared memory that is not theirs: Triton 3.6, tiles of 16 and 32
+    # channels, found with compute-sanitizer.
+    BK: int = field(init=False)
+    BV: int = field(init=False)  # V, padded to a power of two that a matrix product takes
+    BN: int = field(init=False)  # packed sequences, padded to a power of two; else 1
+    packed: bool = field(init=False)  # whether the sequences lie one after another
+    num_chunks: int = field(init=False)  # of each sequence; of the longest possible where packed
+    total_chunks: int = field(init=False)  # of all; where packed, no fewer than there can be
+    dtype: torch.dtype = field(init=False)  # that matrix products are computed on: v's
 
-    @cached_property
-    def T(self) -> int:
-        """Tokens of a sequence, or of all where packed."""
-        return self.q.shape[1]
-
-    @cached_property
-    def H(self) -> int:
-        """Heads of q and k."""
-        return self.q.shape[2]
-
-    @cached_property
-    def HV(self) -> int:
-        """Heads of v, g, beta and the state."""
-        return self.v.shape[2]
-
-    @cached_property
-    def K(self) -> int:
-        """Width of a key."""
-        return self.q.shape[3]
-
-    @cached_property
-    def V(self) -> int:
-        """Width of a value."""
-        return self.v.shape[3]
-
-    @cached_property
-    def BK(self) -> int:
-        """K, padded to a power of two; to no less than the key channels that `intra` takes at a time.
-
-        Narrower products read shared memory that is not theirs: Triton 3.6, tiles of 16 and 32
-        channels, found with compute-sanitizer.
-        """
-        return max(padded(self.K), TILE_K)
-
-    @cached_property
-    def BV(self) -> int:
-        """V, padded to a power of two that a matrix product takes."""
-        return padded(self.V)
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """What matrix products are computed on: v's dtype."""
-        return self.v.dtype
-
-    @cached_property
-    def num_chunks(self) -> int:
-        """Chunks of each sequence; of the longest possible one where packed."""
-        return -(-self.T // self.C)
-
-    @cached_property
-    def total_chunks(self) -> int:
-        """Chunks of all sequences; where packed, no fewer than there can be."""
-        if self.cu_seqlens is None:
-            return self.N * self.num_chunks
-        return self.T // self.C + self.N
+    def __post_init__(self) -> None:
+        """Work out the sizes."""
+        B, self.T, self.H, self.K = self.q.shape
+        self.HV, self.V = self.v.shape[2:]
+        self.packed = self.cu_seqlens is not None
+        self.N = B if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        self.BK, self.BV = max(padded(self.K), TILE_K), padded(self.V)
+        self.BN = padded(self.N) if self.packed else 1
+        self.num_chunks = -(-self.T // self.C)
+        self.total_chunks = self.T // self.C + self.N if self.packed else self.N * self.num_chunks
+        self.dtype = self.v.dtype
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Allocate scratch or output in the operands' dtype, or another."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.v.device)
+        return self.v.new_empty(shape, dtype=dtype)
 
     def aligned(self, values: Tensor, tile: int) -> bool:
         """Whether tiles of values [B, T, HV, V] hold whole heads, and every row starts at 16 bytes."""
         width = self.V * values.itemsize
         return self.V % tile == 0 and width % 16 == 0 and values.data_ptr() % 16 == 0
 
-    @cached_property
-    def packed(self) -> bool:
-        """Whether the sequences lie one after another."""
-        return self.cu_seqlens is not None
-
     @property
-    def BN(self) -> int:
-        """Sequences, padded to a power of two."""
-        return padded(self.N) if self.packed else 1
-
-    @cached_property
     def precision(self) -> str:
-        """How fp32 operands are multiplied: in three tf32 products; of no effect for others."""
-        return "tf32x3" if self.dtype == torch.float32 else "tf32"
+        """How fp32 operands are multiplied; of no effect for others."""
+        return SINGLE_PRECISION.value if self.dtype == torch.float32 else "tf32"
 
 
 def allow_descriptors() -> None:
