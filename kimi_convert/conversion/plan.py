@@ -355,18 +355,10 @@ def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
         return narrowing
     sizes = [math.prod(weight.shape) for weight in sources]
     wide = sum(sizes) * _FP32_BYTES
-    # Plain sources are mapped and stay; a quantised one is whole, decoded, until it is widened.
-    mapped = sum(weight.stored_bytes for weight in sources if weight.quantization is None)
-    reading = max((_decoded_bytes(weight) for weight in sources), default=0)
-    # The power of a folded matrix holds its rows, scaled, and two products of their size; where an
-    # output is scaled, the matrix itself is not folded. Random numbers are drawn, then scaled.
-    folded = sizes[1:] if task.op is Op.SCALE_OUTPUT else sizes
-    making = (4 * max(folded, default=made // 4) + made) * _FP32_BYTES
-    return max(mapped + wide + max(reading, making), mapped + narrowing)
-
-
-def _decoded_bytes(weight: Weight) -> int:
-    """Return what a weight takes while it is decoded as a whole; nothing if it is plain."""
-    if weight.quantization is None:
-        return 0
-    return decoding_bytes(weight) + math.prod(weight.shape) * DTYPES[weight.dtype].width_bytes
+    reading = max(map(decoding_bytes, sources), default=0)
+    # The power of a folded matrix holds its rows, scaled, and two products of their size. Random
+    # numbers are drawn, then scaled.
+    making = (4 * max(sizes, default=made // 4) + made) * _FP32_BYTES
+    if task.op is Op.SCALE_OUTPUT:  # the output itself is not folded, and is scaled where it is
+        making = 4 * max(sizes[1:]) * _FP32_BYTES
+    return max(wide + max(reading, making), narrowing)

@@ -38,6 +38,7 @@ from kimi_convert.validation import Check, ValidationOptions, validate_checkpoin
 from tests.pretend_device import pretended_device
 from tests.quantized import write_twins
 from tests.tiny import tiny_config, write_tiny_checkpoint
+from tests.unit.validation.build import edit_tensors
 
 LENGTH = 24
 FITTED = {
@@ -277,6 +278,33 @@ def test_solve_that_is_not_finite_names_its_layer(tmp_path, text, monkeypatch):
     assert caught.value.where.startswith("layer ")
     assert caught.value.where != "layer 0"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dead", ["input_layernorm", "o_proj"], ids=["reads-0", "writes-0"])
+def test_layer_that_does_nothing_is_converted_to_one_that_does_nothing(tmp_path, text, dead):
+    source = source_of(tmp_path)
+
+    def silence(tensors):
+        for name, values in tensors.items():
+            if f"layers.1.{dead}" in name or f"layers.1.self_attn.{dead}" in name:
+                values.zero_()
+
+    edit_tensors(source, silence)
+    result = convert(source, tmp_path / "out", text)
+    assert result.fit is not None
+    assert result.fit.layers[1].mixer == "kda"
+    assert result.fit.layers[1].kl_as_kda == pytest.approx(0, abs=1e-4)
+
+
+def test_matrix_that_cannot_be_decomposed_names_its_layer(tmp_path, text, monkeypatch):
+    def singular(*_):
+        raise torch.linalg.LinAlgError("the input matrix is singular")
+
+    monkeypatch.setattr("kimi_convert.conversion.calibration.statistics._maps", singular)
+    with pytest.raises(CalibrationError, match="cannot be solved") as caught:
+        convert(source_of(tmp_path), tmp_path / "out", text)
+    assert caught.value.where == "layer 0"
+    assert "singular" in caught.value.found
 
 
 def test_solve_that_does_harm_is_replaced_and_said(tmp_path, text, monkeypatch):
