@@ -356,9 +356,13 @@ def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
     sizes = [math.prod(weight.shape) for weight in sources]
     wide = sum(sizes) * _FP32_BYTES
     reading = max(map(decoding_bytes, sources), default=0)
-    # The power of a folded matrix holds its rows, scaled, and two products of their size. Random
-    # numbers are drawn, then scaled.
-    making = (4 * max(sizes, default=made // 4) + made) * _FP32_BYTES
-    if task.op is Op.SCALE_OUTPUT:  # the output itself is not folded, and is scaled where it is
-        making = 4 * max(sizes[1:]) * _FP32_BYTES
-    return max(wide + max(reading, making), narrowing)
+    # The power of a folded matrix holds its rows, scaled, and two products of their size; a fold
+    # its rows and those scaled; an output is not folded, and is scaled where it is. Random numbers
+    # are drawn, then scaled.
+    if task.op is Op.SCALE_OUTPUT:
+        making = 4 * max(sizes[1:])
+    elif task.op in (Op.FOLD_QUERY, Op.FOLD_KEY, Op.FOLD_VALUE):
+        making = 2 * max(sizes) + made
+    else:
+        making = 4 * max(sizes, default=made // 4) + made
+    return max(wide + max(reading, making * _FP32_BYTES), narrowing)

@@ -13,6 +13,7 @@ from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
@@ -74,14 +75,17 @@ def write_weights(
         mixer: gives a layer's new parameters.
         on_progress: told of bytes.
     """
-    total, done = job.shards.total_size, 0
+    total, before = job.shards.total_size, 0
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
+            chunks = (_bytes_of(job, tensor, reader, mixer) for tensor in shard.tensors)
+
+            def tell(name: str, done: int, before: int = before) -> None:
+                on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", name))
+
             with target.shard(shard) as writer:
-                for tensor in shard.tensors:
-                    on_progress(ProgressEvent(_STAGE, done, total, "bytes", tensor.name))
-                    writer.write(tensor.name, _bytes_of(job, tensor, reader, mixer))
-                    done += tensor.nbytes
+                write_tensors(writer, chunks, on_tensor=tell)
+            before += shard.data_bytes
     on_progress(ProgressEvent(_STAGE, total, total, "bytes"))
     for name in (CONFIG_FILE, *carried_files(job.folder)):
         target.copy_file(job.folder / name)
@@ -90,11 +94,12 @@ def write_weights(
 
 def _bytes_of(
     job: Rewriting, tensor: PlannedTensor, reader: WeightReader, mixer: MixerParameter
-) -> Iterator[memoryview] | memoryview:
+) -> Iterator[memoryview]:
     entry = job.entries[tensor.name]
     if not entry.template.startswith(_MIXERS):
         return reader.chunks(job.matched.weights[entry.param])
     assert entry.layer_idx is not None
     name = entry.param.removeprefix(f"layers.{entry.layer_idx}.")
     made = mixer(entry.layer_idx, name)
-    return tensor_bytes(made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous())
+    stored = made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous()
+    return iter((tensor_bytes(stored),))

@@ -8,14 +8,13 @@ alone, with its sources. The same job gives the same bytes, however many threads
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from kimi_convert.checkpoints.ahead import ahead
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.encoding import encode_fp8
 from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
@@ -23,6 +22,7 @@ from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.reader import ShardProvider
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedShard
+from kimi_convert.checkpoints.streaming import OnTensor, ignore_tensor, write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
@@ -78,13 +78,6 @@ class ShardResult:
     copied: Mapping[str, str]  # source tensors that were copied, with the SHA-256 of their bytes
 
 
-OnTensor = Callable[[str, int], None]  # told of each tensor: its name, and the bytes before it
-
-
-def ignore_tensor(name: str, done_bytes: int) -> None:
-    """Take a tensor and do nothing."""
-
-
 def shard_jobs(
     plan: ConversionPlan, fit: Fit | None, path_of: Callable[[str], Path], done: Sequence[str] = ()
 ) -> tuple[ShardJob, ...]:
@@ -138,35 +131,18 @@ def write_shard(
             WeightReader(job.index, provider) as reader,
             ShardWriter(job.path, job.shard) as writer,
         ):
-            pieces = _Maker(job, reader).pieces()
-            if provider is None:  # one may wait for the network, where it must be interruptible
-                pieces = ahead(pieces, nbytes=_nbytes)
-            done = 0
-            with closing(pieces):
-                for task in job.tasks:
-                    on_tensor(task.tensor.name, done)
-                    writer.write(task.tensor.name, _one_tensor(pieces))
-                    done += task.tensor.nbytes
+            write_tensors(
+                writer,
+                _Maker(job, reader).tensors(),
+                on_tensor=on_tensor,
+                beside=provider is None,
+            )
             written = writer.finish()
             copied = {name: written.tensor_sha256[task.tensor.name] for task, name in _copies(job)}
             return ShardResult(written=written, copied=copied)
     except BaseException:
         job.path.unlink(missing_ok=True)
         raise
-
-
-_Piece = memoryview | None  # the next bytes of a tensor; None after its last
-
-
-def _nbytes(piece: _Piece) -> int:
-    return 0 if piece is None else piece.nbytes
-
-
-def _one_tensor(pieces: Iterator[_Piece]) -> Iterator[memoryview]:
-    """Give the pieces up to the end of a tensor, holding none while the next is made."""
-    while (piece := next(pieces)) is not None:
-        yield piece
-        del piece
 
 
 def _copies(job: ShardJob) -> Iterator[tuple[TensorTask, str]]:
@@ -183,16 +159,15 @@ class _Maker:
     job: ShardJob
     reader: WeightReader
 
-    def pieces(self) -> Generator[_Piece]:
-        """Give the bytes of every tensor in order.
+    def tensors(self) -> Generator[Iterator[memoryview]]:
+        """Give the chunks of every tensor in order.
 
         One thread decodes as fast as two hash, and how many share a product decides in which
         order it is summed up.
         """
         with _one_thread():
             for task in self.job.tasks:
-                yield from self._chunks(task)
-                yield None
+                yield self._chunks(task)
 
     def _chunks(self, task: TensorTask) -> Iterator[memoryview]:
         if task.op is Op.COPY:

@@ -14,9 +14,8 @@ import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_convert.checkpoints import background
+from kimi_convert.checkpoints import background, streaming
 from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.conversion import shard_job
 from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.plan import plan_conversion
 from kimi_convert.conversion.rules import Op
@@ -210,7 +209,7 @@ def test_each_tensor_is_made_within_its_planned_bytes_and_then_freed(
     dtype, q_lora_rank, tmp_path, monkeypatch
 ):
     # On this thread, where bytes are counted; hashed at once, not a little later.
-    monkeypatch.setattr(shard_job, "ahead", lambda pieces, **_: pieces)
+    monkeypatch.setattr(streaming, "ahead", lambda pieces, **_: pieces)
     monkeypatch.setattr(background, "_THREADED_BYTES", 10**9)
     config = tiny_config(
         "deepseek_v3",
