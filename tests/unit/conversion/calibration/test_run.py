@@ -21,7 +21,15 @@ from kimi_convert.config.calibration import (
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
 from kimi_convert.config.target_format import TargetFormat
-from kimi_convert.conversion.calibration import ahead, align, distill, moves, outputs, search
+from kimi_convert.conversion.calibration import (
+    ahead,
+    align,
+    distill,
+    hybrid,
+    moves,
+    outputs,
+    search,
+)
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
@@ -439,5 +447,5 @@ def test_loss_that_is_not_finite_ends_distillation(tmp_path, text):
         monstrous = distilled(steps=30, rate=1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distill, "_CLIP", float("inf"))
-            patch.setattr(distill, "step_size", lambda *_: 1e30)
+            patch.setattr(hybrid, "step_size", lambda *_: 1e30)
             convert(source_of(tmp_path), tmp_path / "out", text, recipe=monstrous)
