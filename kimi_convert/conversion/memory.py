@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.conversion.plan import ConversionPlan, TensorTask
+from kimi_convert.conversion.plan import ConversionPlan
+from kimi_convert.conversion.tasks import TensorTask
 from kimi_convert.errors import ResourceError
 
 # Python, torch and their libraries, and what is read, hashed and written at once: 0.31 to 0.44 GB
