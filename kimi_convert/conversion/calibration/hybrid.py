@@ -2,8 +2,8 @@
 
 Everything but the mixers is the teacher's own and frozen, so its weights serve both models. On a GPU
 they are bf16, which is what a checkpoint holds, and layers compute in bf16; what is trained, the
-residual stream and the head are fp32. Layers are run again in the backward pass instead of keeping
-their activations.
+residual stream and the head are fp32. Where their activations would take much memory, layers are run
+again in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from kimi_convert.model.language_model import Head
 from kimi_convert.model.moe import Router
 
 _HALF = torch.bfloat16
+_ACTIVATIONS = 64  # of a layer's size of the stream, roughly: what its backward pass reads
+_KEPT_BYTES = 8 * 1024**3  # on a GPU; where there are more, layers are run again
 
 
 class HybridLayer(nn.Module):
@@ -60,9 +62,9 @@ class HybridLayer(nn.Module):
             for layer in {self.teacher, self.rest}:
                 _halve(layer)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the student's layer on hidden [B, T, D]."""
-        if not torch.is_grad_enabled():
+    def forward(self, hidden: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+        """Run the student's layer on hidden [B, T, D]; again in the backward pass, unless kept."""
+        if keep or not torch.is_grad_enabled():
             return self._student(hidden)
         # No layer draws random numbers; to keep their state would wait for the GPU.
         return checkpoint(self._student, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -148,9 +150,11 @@ class Hybrid:
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the student's last hidden states [B, T, D] fp32 of tokens [B, T]."""
         hidden = self.ends.embed(tokens).float()
+        kept = _ACTIVATIONS * hidden.nbytes * len(self.layers)
+        keep = self.device.type == "cuda" and kept <= _KEPT_BYTES
         with self._arithmetic():
             for layer in self.layers:
-                hidden = layer(hidden)
+                hidden = layer(hidden, keep=keep)
         return hidden
 
     @torch.no_grad()
