@@ -1,7 +1,8 @@
 """Compare what hybrids start from, on held-out text: `python -m kimi_convert.bench.quality`.
 
     [--teacher DIR] [--calibration FILE] [--heldout FILE] [--device cuda] [--seeds N]
-    [--align STEPS ...] [--distill TOKENS] [--rate RATE] [--only PATTERN ...] [--processes N]
+    [--align STEPS ...] [--distill TOKENS] [--rate RATE] [--step-tokens N]
+    [--only PATTERN ...] [--processes N]
     [--json FILE]
 
 Every row takes the same calibration tokens through the same later stages and is written as a bf16
@@ -27,6 +28,7 @@ from kimi_convert.bench.quality_rows import stages, starts
 from kimi_convert.bench.quality_run import Job, Setting, run_jobs
 from kimi_convert.bench.quality_table import Results
 from kimi_convert.checkpoints.examples import calibration_text, example_checkpoint, heldout_text
+from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.errors import KimiConvertError
 
 
@@ -60,9 +62,13 @@ def _run(given: argparse.Namespace) -> Results:
     for name, teacher_loss, run in measure_floors(setting, floors):
         results.teacher_loss = teacher_loss
         results.add(name, run)
+    training = DistillRecipe(
+        tokens=given.distill, tokens_per_step=given.step_tokens, learning_rate=given.rate
+    )
+    all_stages = stages(given.align, training)
     jobs = [
         Job(name=name, recipe=recipe, seed=seed)
-        for name, recipe in starts(stages(given.align, given.distill, rate=given.rate))
+        for name, recipe in starts(all_stages)
         # A start without text has no seed but that of projections without effect.
         for seed in range(given.seeds if recipe.calibration else 1)
         if wanted(name) and not results.has(name, seed)
@@ -92,7 +98,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--align", type=int, nargs="*", default=[])
     parser.add_argument("--distill", type=int, default=0, metavar="TOKENS")
-    parser.add_argument("--rate", type=float, help="of distillation; by default the recipe's")
+    usual = DistillRecipe()
+    parser.add_argument("--rate", type=float, default=usual.learning_rate)
+    parser.add_argument("--step-tokens", type=int, default=usual.tokens_per_step)
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kimi_convert.config.calibration import InitMethod
-from kimi_convert.config.recipe import Recipe, RopeHandling, default_recipe, with_training
+from kimi_convert.config.calibration import DistillRecipe, InitMethod
+from kimi_convert.config.recipe import Recipe, RopeHandling, default_recipe
 
 METHODS = tuple(method for method in InitMethod if method is not InitMethod.COPY)
 # Distillation takes minutes a row: what others start from, not what every start has to beat.
@@ -17,28 +17,29 @@ DISTILLED = tuple(
 )
 
 
+_NONE = DistillRecipe()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """What comes after the start, the same for all."""
 
     align_steps: int = 0
-    distill_tokens: int = 0
-    distill_rate: float | None = None  # None for the recipe's
+    distill: DistillRecipe = _NONE
 
     @property
     def suffix(self) -> str:
         """How a row's name tells it."""
         aligned = f" + {self.align_steps} steps" if self.align_steps else ""
-        millions = f"{self.distill_tokens / 1e6:g}M"
-        return aligned + (f" + {millions} tokens" if self.distill_tokens else "")
+        tokens = self.distill.tokens
+        return aligned + (f" + {tokens / 1e6:g}M tokens" if tokens else "")
 
 
-def stages(align: Sequence[int], distill_tokens: int, *, rate: float | None = None) -> list[Stage]:
+def stages(align: Sequence[int], distill: DistillRecipe) -> list[Stage]:
     """Return no training, every alignment, and the last alignment followed by distillation."""
     found = [Stage(align_steps=steps) for steps in (0, *align)]
-    if distill_tokens:
-        last = align[-1] if align else 0
-        found.append(Stage(align_steps=last, distill_tokens=distill_tokens, distill_rate=rate))
+    if distill.tokens:
+        found.append(Stage(align_steps=align[-1] if align else 0, distill=distill))
     return found
 
 
@@ -47,9 +48,9 @@ def starts(all_stages: Sequence[Stage]) -> Iterator[tuple[str, Recipe]]:
     yield "copied, no text", Recipe()
     released = replace(default_recipe(), choose_layers=False)
     for stage in all_stages:
-        for method in DISTILLED if stage.distill_tokens else METHODS:
+        for method in DISTILLED if stage.distill.tokens else METHODS:
             yield f"{method}{stage.suffix}", _with(released, method, stage)
-        if not stage.distill_tokens:
+        if not stage.distill.tokens:
             dropped = replace(released, rope=RopeHandling.DROP)
             yield f"search, rope dropped{stage.suffix}", _with(dropped, InitMethod.SEARCH, stage)
         for method in (InitMethod.NAIVE, InitMethod.SEARCH):
@@ -58,12 +59,6 @@ def starts(all_stages: Sequence[Stage]) -> Iterator[tuple[str, Recipe]]:
 
 def _with(recipe: Recipe, method: InitMethod, stage: Stage) -> Recipe:
     assert recipe.calibration is not None
-    fitted = replace(recipe.calibration, method=method)
-    if stage.distill_rate is not None:
-        distill = replace(fitted.distill, learning_rate=stage.distill_rate)
-        fitted = replace(fitted, distill=distill)
-    return with_training(
-        replace(recipe, calibration=fitted),
-        align_steps=stage.align_steps,
-        distill_tokens=stage.distill_tokens,
-    )
+    fitted = replace(recipe.calibration, method=method, distill=stage.distill)
+    align = replace(fitted.align, steps=stage.align_steps)
+    return replace(recipe, calibration=replace(fitted, align=align))

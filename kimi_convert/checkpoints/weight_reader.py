@@ -52,6 +52,22 @@ class WeightReader(Releasing):
             first += len(rows)
         return values
 
+    def wide(self, weight: Weight) -> torch.Tensor:
+        """Return a weight in fp32 on the CPU; unlike `tensor`, it holds no file and no copy.
+
+        Raises:
+            CheckpointError: a file has changed, or parts of the weight are not valid.
+        """
+        import torch
+
+        wide = torch.empty(weight.shape, dtype=torch.float32)
+        flat, done = wide.view(-1), 0
+        for chunk in self.chunks(weight):
+            part = torch.frombuffer(chunk, dtype=torch_dtype(weight.dtype))
+            flat[done : done + len(part)] = part
+            done += len(part)
+        return wide
+
     def chunks(self, weight: Weight) -> Iterator[memoryview]:
         """Give a weight's plain bytes in order, each chunk the taker's to keep.
 
@@ -167,13 +183,13 @@ def tile_chunk_bytes(weight: Weight) -> int:
 
 
 def decoding_bytes(weight: Weight) -> int:
-    """Return the bytes in memory while a quantised weight is decoded, at most: one chunk.
+    """Return the bytes in memory while a weight is read and decoded, at most: one chunk.
 
     Stored rows, their fp32 copies and bits, the result and its pieces; and all scales twice.
     """
     tile = weight.quantization
     if tile is None:
-        return CHUNK_BYTES
+        return min(CHUNK_BYTES, weight.stored_bytes)
     rows = max(1, weight.shape[0])
     row_bytes = max(1, weight.stored[0].nbytes // rows)
     at_once = tile.tile_rows * max(1, tile_chunk_bytes(weight) // (tile.tile_rows * row_bytes))

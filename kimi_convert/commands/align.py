@@ -23,7 +23,7 @@ from kimi_convert.commands._options import (
 )
 from kimi_convert.commands._output import Output
 from kimi_convert.commands._report import Facts, Report, Sentence, Table
-from kimi_convert.errors import RecipeError, ResourceError, VerificationError
+from kimi_convert.errors import RecipeError, ResourceError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
@@ -55,8 +55,9 @@ StepsOpt = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        min=1,
-        help="Gradient steps on each mixer; by default the recipe's align.steps, else 300.",
+        min=0,
+        help="Gradient steps on each mixer; by default the recipe's align.steps, else 300, and "
+        "none where --distill is given.",
         show_default=False,
     ),
 ]
@@ -67,6 +68,16 @@ TargetsOpt = Annotated[
         "the teacher's mixer on the teacher's stream (forced)."
     ),
 ]
+DistillOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--distill",
+        metavar="TOKENS",
+        min=1,
+        help="Then train all mixers together on so many tokens; under torchrun, on every device.",
+        show_default=False,
+    ),
+]
 _STEPS = 300
 
 
@@ -75,6 +86,7 @@ def align(
     student: StudentArg,
     output_folder: OutputArg,
     steps: StepsOpt = None,
+    distill: DistillOpt = None,
     targets: TargetsOpt = TargetsName.SEQUENTIAL,
     recipe: RecipeOpt = None,
     calibration: CalibrationOpt = None,
@@ -84,17 +96,22 @@ def align(
     quiet: QuietOpt = False,
     verbose: VerboseOpt = False,
 ) -> None:
-    """Train every mixer of a hybrid towards its teacher, layer by layer, and write it anew.
+    """Train the mixers of a hybrid towards its teacher, and write it anew.
 
-    Of a recipe, the sections calibration, align and kda.seed count. The output folder appears
-    whole or not at all; the same call goes on from the layers that an interrupted one has finished.
+    Each alone, layer by layer; with --distill also all together, on several devices with
+    torchrun --nproc-per-node N -m kimi_convert align. Of a recipe, the sections calibration,
+    align, distill and kda.seed count. The output folder appears whole or not at all; the same call
+    goes on from what an interrupted one has finished.
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
-    from kimi_convert.conversion.aligned import AlignRequest, align_checkpoint
+    from kimi_convert.conversion.align_stages import AlignRequest
+    from kimi_convert.conversion.aligned import align_checkpoint
+    from kimi_convert.conversion.calibration.ranks import joined_ranks
     from kimi_convert.conversion.calibration.realign import Targets
+    from kimi_convert.model.backend import usable_device
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    chosen = _recipe(recipe, steps)
+    chosen = _recipe(recipe, steps, distill)
     assert chosen.calibration is not None
     request = AlignRequest(
         calibration=chosen.calibration,
@@ -102,17 +119,22 @@ def align(
         seed=chosen.seed,
         text=calibration,
     )
-    with _resumable(output_folder, output), output.progress() as on_progress:
-        result = align_checkpoint(
-            teacher,
-            student,
-            output_folder,
-            request=request,
-            device=device,
-            max_shard_bytes=parse_byte_size(max_shard_size),
-            on_progress=on_progress,
-        )
-    output.show(result, lambda: alignment_report(result))
+    with joined_ranks(usable_device(device)) as (ranks, own_device):
+        if not ranks.is_first:
+            output = Output(as_json=False, quiet=True, verbose=verbose)
+        with _resumable(output_folder, output), output.progress() as on_progress:
+            result = align_checkpoint(
+                teacher,
+                student,
+                output_folder,
+                request=request,
+                device=own_device,
+                max_shard_bytes=parse_byte_size(max_shard_size),
+                ranks=ranks,
+                on_progress=on_progress,
+            )
+    if result is not None:
+        output.show(result, lambda: alignment_report(result))
 
 
 def alignment_report(result: AlignResult) -> Report:
@@ -137,7 +159,8 @@ def alignment_report(result: AlignResult) -> Report:
     )
     worse = after.kl >= before.kl
     warning = Sentence("The hybrid as a whole is not nearer to its teacher.", warns=True)
-    return (facts, table, *((warning,) if worse else ()))
+    tables = (table,) if result.layers else ()
+    return (facts, *tables, *((warning,) if worse else ()))
 
 
 def _cells(layer: LayerAlignment) -> tuple[str, ...]:
@@ -152,7 +175,7 @@ def _cells(layer: LayerAlignment) -> tuple[str, ...]:
     )
 
 
-def _recipe(path: Path | None, steps: int | None) -> Recipe:
+def _recipe(path: Path | None, steps: int | None, distill: int | None) -> Recipe:
     from kimi_convert.config.recipe import load_recipe, with_training
 
     recipe = load_recipe(path)
@@ -163,8 +186,14 @@ def _recipe(path: Path | None, steps: int | None) -> Recipe:
             expected='another method than "copy" under [init]',
             hint="Leave out --recipe: the defaults will do.",
         )
-    wanted = steps or recipe.calibration.align.steps or _STEPS
-    return with_training(recipe, align_steps=wanted, distill_tokens=0)
+    wanted = steps if steps is not None else recipe.calibration.align.steps
+    if steps is None and not wanted and not distill:
+        wanted = _STEPS
+    if not wanted and not distill:
+        raise UsageError(
+            "there is nothing to do", expected="--steps above 0, or --distill", found="--steps 0"
+        )
+    return with_training(recipe, align_steps=wanted, distill_tokens=distill or 0)
 
 
 @contextmanager

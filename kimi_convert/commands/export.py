@@ -54,6 +54,7 @@ def safetensors(
             output_folder,
             max_shard_bytes=parse_byte_size(max_shard_size),
             dtype=dtype.value if dtype else None,
+            on_memory=lambda nbytes: output.note(f"memory: {bytes_text(nbytes)} at most"),
             on_progress=on_progress,
         )
     output.show(result, lambda: export_report(result))

@@ -6,7 +6,10 @@ an interrupt the same call goes on from there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +19,21 @@ from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import CONFIG_FILE, open_output
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.architecture import ModelConfig
-from kimi_convert.config.calibration import CalibrationRecipe
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.config.target_format import TargetFormat
-from kimi_convert.conversion.calibration.calibration_text import calibration_text
+from kimi_convert.conversion.align_stages import (
+    AlignRequest,
+    AlignStages,
+    Reached,
+    last_parameter,
+    open_store,
+)
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.outcome import Outcome
-from kimi_convert.conversion.calibration.realign import (
-    LayerAlignment,
-    RealignInput,
-    RealignOutcome,
-    Targets,
-    layer_alignment,
-    realign,
-)
-from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.conversion.calibration.ranks import Ranks
+from kimi_convert.conversion.calibration.realign import LayerAlignment, layer_alignment
 from kimi_convert.conversion.conversion_record import (
     CONVERSION_FILE,
     extend_conversion_record,
@@ -49,17 +50,6 @@ from kimi_convert.conversion.rewriting import plan_rewriting, write_weights
 from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import ConfigError
 from kimi_convert.model.backend import usable_device
-from kimi_convert.model.loading import open_layers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AlignRequest:
-    """How a hybrid is aligned."""
-
-    calibration: CalibrationRecipe  # its text, and the steps
-    targets: Targets = Targets.SEQUENTIAL
-    seed: int = 0
-    text: Path | None = None  # `.jsonl` or `.txt`; None for the text that comes with the package
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +59,10 @@ class AlignResult:
     output: Path
     files: tuple[WrittenFile | WrittenShard, ...]
     text_name: str
-    layers: tuple[LayerAlignment, ...]
+    layers: tuple[LayerAlignment, ...]  # none where no steps were asked for
     before: Outcome
     after: Outcome
+    distilled: Mapping[str, object] | None  # what the distillation noted
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `align --json` prints."""
@@ -81,6 +72,7 @@ class AlignResult:
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
+            "distilled": None if self.distilled is None else dict(self.distilled),
             "files": [{"name": file.name, **file.to_json()} for file in self.files],
         }
 
@@ -93,9 +85,10 @@ def align_checkpoint(
     request: AlignRequest,
     device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    ranks: Ranks | None = None,
     on_progress: ProgressCallback = ignore_progress,
-) -> AlignResult:
-    """Align every mixer of a hybrid, and write the hybrid into a new or empty folder.
+) -> AlignResult | None:
+    """Align every mixer of a hybrid, distil it if asked to, and write it into a new or empty folder.
 
     Args:
         teacher: folder of the model that the hybrid was made from.
@@ -104,7 +97,11 @@ def align_checkpoint(
         request: steps, text and targets.
         device: where both models run.
         max_shard_bytes: of each file of weights, its header included.
+        ranks: the processes that distil together; the first one does all else.
         on_progress: told of every stage.
+
+    Returns:
+        What was reached; None on all ranks but the first.
 
     Raises:
         ConfigError: the student is not a hybrid of that teacher.
@@ -112,8 +109,9 @@ def align_checkpoint(
         InputError: the text cannot be used; CalibrationError where there is too little of it.
         OutputError: the output folder is taken or not apart, or the work folder another run's.
         ResourceError: the disk is full or cannot be written.
-        VerificationError: alignment diverges; finished layers are kept.
+        VerificationError: alignment or distillation diverges; what is finished is kept.
     """
+    ranks = ranks or Ranks()
     teacher, student, output = Path(teacher), Path(student), Path(output)
     at = usable_device(device)
     text = bundled_text() if request.text is None else request.text
@@ -121,16 +119,24 @@ def align_checkpoint(
     _check_pair(*configs, where=student)
     job = plan_rewriting(student, configs[1], max_shard_bytes)
     record = read_conversion_record(student)
-    for folder in (teacher, student):
+    for folder in (teacher, student) if ranks.is_first else ():
         check_output(output, source=folder, nbytes=job.shards.file_bytes)
     check_text(text, student)
     work = work_folder(output)
-    with removed_if_refused(work):
-        store = CalibrationStore(work, _digest(teacher, student, text, request))
-        reached = _aligned(teacher, student, text, request, store, at, on_progress)
-    layers = tuple(layer_alignment(store, n) for n in range(configs[1].num_layers))
+    with removed_if_refused(work) if ranks.is_first else nullcontext():
+        store = open_store(work, _digest(teacher, student, text, request), ranks)
+        reached = AlignStages(
+            teacher, student, text, request, store, at, ranks, on_progress
+        ).reach()
+    if not ranks.is_first or reached is None:
+        ranks.wait()
+        return None
+    aligns = request.calibration.align.steps > 0
+    layers = tuple(
+        layer_alignment(store, n) for n in range(configs[1].num_layers if aligns else 0)
+    )
     with open_output(output, source=student) as target:
-        write_weights(target, job, store, on_progress)
+        write_weights(target, job, partial(last_parameter, store), on_progress)
         if record is not None:
             told = _told(teacher, text, request, layers, reached)
             extended = extend_conversion_record(record, target.files, changes={"aligned": told})
@@ -142,35 +148,11 @@ def align_checkpoint(
             layers=layers,
             before=reached.before,
             after=reached.after,
+            distilled=reached.distilled,
         )
     store.remove()
+    ranks.wait()
     return result
-
-
-def _aligned(
-    teacher: Path,
-    student: Path,
-    text: Path,
-    request: AlignRequest,
-    store: CalibrationStore,
-    device: torch.device,
-    on_progress: ProgressCallback,
-) -> RealignOutcome:
-    config = read_config(student)
-    rows = calibration_text(text, student, config, request.calibration, seed=request.seed)
-    given = RealignInput(
-        config=config,
-        text=rows,
-        recipe=request.calibration.align,
-        targets=request.targets,
-        seed=request.seed,
-    )
-    with (
-        torch.no_grad(),
-        open_layers(teacher, device=device) as guide,
-        open_layers(student, device=device) as layers,
-    ):
-        return realign(guide, layers, given, store, on_progress)
 
 
 def _check_pair(teacher: ModelConfig, student: ModelConfig, *, where: Path) -> None:
@@ -222,7 +204,7 @@ def _told(
     text: Path,
     request: AlignRequest,
     layers: tuple[LayerAlignment, ...],
-    reached: RealignOutcome,
+    reached: Reached,
 ) -> dict[str, object]:
     return {
         "teacher": {
@@ -236,6 +218,7 @@ def _told(
         "before": reached.before.to_json(),
         "after": reached.after.to_json(),
         "layers": [layer.to_json() for layer in layers],
+        **({} if reached.distilled is None else {"distilled": dict(reached.distilled)}),
     }
 
 

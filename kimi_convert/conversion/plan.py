@@ -355,18 +355,14 @@ def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
         return narrowing
     sizes = [math.prod(weight.shape) for weight in sources]
     wide = sum(sizes) * _FP32_BYTES
-    # Plain sources are mapped and stay; a quantised one is whole, decoded, until it is widened.
-    mapped = sum(weight.stored_bytes for weight in sources if weight.quantization is None)
-    reading = max((_decoded_bytes(weight) for weight in sources), default=0)
-    # The power of a folded matrix holds its rows, scaled, and two products of their size; where an
-    # output is scaled, the matrix itself is not folded. Random numbers are drawn, then scaled.
-    folded = sizes[1:] if task.op is Op.SCALE_OUTPUT else sizes
-    making = (4 * max(folded, default=made // 4) + made) * _FP32_BYTES
-    return max(mapped + wide + max(reading, making), mapped + narrowing)
-
-
-def _decoded_bytes(weight: Weight) -> int:
-    """Return what a weight takes while it is decoded as a whole; nothing if it is plain."""
-    if weight.quantization is None:
-        return 0
-    return decoding_bytes(weight) + math.prod(weight.shape) * DTYPES[weight.dtype].width_bytes
+    reading = max(map(decoding_bytes, sources), default=0)
+    # The power of a folded matrix holds its rows, scaled, and two products of their size; a fold
+    # its rows and those scaled; an output is not folded, and is scaled where it is. Random numbers
+    # are drawn, then scaled.
+    if task.op is Op.SCALE_OUTPUT:
+        making = 4 * max(sizes[1:])
+    elif task.op in (Op.FOLD_QUERY, Op.FOLD_KEY, Op.FOLD_VALUE):
+        making = 2 * max(sizes) + made
+    else:
+        making = 4 * max(sizes, default=made // 4) + made
+    return max(wide + max(reading, making * _FP32_BYTES), narrowing)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.output import CONFIG_FILE, Output
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
-from kimi_convert.conversion.calibration.realign import aligned_name
-from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.provenance import carried_files
 from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint
+
+# (layer, name in it, as "kda.q.weight") -> the parameter
+MixerParameter = Callable[[int, str], torch.Tensor]
 
 _STAGE = "writing weights"
 _MIXERS = ("layers.{layer}.kda.", "layers.{layer}.mla.")
@@ -58,24 +62,30 @@ def _dtype(entry: Entry, weight: Weight) -> str:
 
 
 def write_weights(
-    target: Output, job: Rewriting, store: CalibrationStore, on_progress: ProgressCallback
+    target: Output,
+    job: Rewriting,
+    mixer: MixerParameter,
+    on_progress: ProgressCallback,
 ) -> None:
     """Write the weights and all that is carried over, but the record of the conversion.
 
     Args:
         target: an open output.
         job: the plan.
-        store: holds the mixers.
+        mixer: gives a layer's new parameters.
         on_progress: told of bytes.
     """
-    total, done = job.shards.total_size, 0
+    total, before = job.shards.total_size, 0
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
+            chunks = (_bytes_of(job, tensor, reader, mixer) for tensor in shard.tensors)
+
+            def tell(name: str, done: int, before: int = before) -> None:
+                on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", name))
+
             with target.shard(shard) as writer:
-                for tensor in shard.tensors:
-                    on_progress(ProgressEvent(_STAGE, done, total, "bytes", tensor.name))
-                    writer.write(tensor.name, _bytes_of(job, tensor, reader, store))
-                    done += tensor.nbytes
+                write_tensors(writer, chunks, on_tensor=tell)
+            before += shard.data_bytes
     on_progress(ProgressEvent(_STAGE, total, total, "bytes"))
     for name in (CONFIG_FILE, *carried_files(job.folder)):
         target.copy_file(job.folder / name)
@@ -83,12 +93,13 @@ def write_weights(
 
 
 def _bytes_of(
-    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, store: CalibrationStore
-) -> Iterator[memoryview] | memoryview:
+    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, mixer: MixerParameter
+) -> Iterator[memoryview]:
     entry = job.entries[tensor.name]
     if not entry.template.startswith(_MIXERS):
         return reader.chunks(job.matched.weights[entry.param])
     assert entry.layer_idx is not None
     name = entry.param.removeprefix(f"layers.{entry.layer_idx}.")
-    made = store.tensor(aligned_name(entry.layer_idx), name)
-    return tensor_bytes(made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous())
+    made = mixer(entry.layer_idx, name)
+    stored = made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous()
+    return iter((tensor_bytes(stored),))

@@ -22,6 +22,7 @@ from kimi_convert.checkpoints.index import CheckpointIndex
 from kimi_convert.checkpoints.reader import ShardProvider
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedShard
+from kimi_convert.checkpoints.streaming import OnTensor, ignore_tensor, write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
@@ -77,13 +78,6 @@ class ShardResult:
     copied: Mapping[str, str]  # source tensors that were copied, with the SHA-256 of their bytes
 
 
-OnTensor = Callable[[str, int], None]  # told of each tensor: its name, and the bytes before it
-
-
-def ignore_tensor(name: str, done_bytes: int) -> None:
-    """Take a tensor and do nothing."""
-
-
 def shard_jobs(
     plan: ConversionPlan, fit: Fit | None, path_of: Callable[[str], Path], done: Sequence[str] = ()
 ) -> tuple[ShardJob, ...]:
@@ -137,44 +131,54 @@ def write_shard(
             WeightReader(job.index, provider) as reader,
             ShardWriter(job.path, job.shard) as writer,
         ):
-            copies = _Worker(job, reader, writer, on_tensor).write()
+            write_tensors(
+                writer,
+                _Maker(job, reader).tensors(),
+                on_tensor=on_tensor,
+                beside=provider is None,
+            )
             written = writer.finish()
-            copied = {source: written.tensor_sha256[name] for source, name in copies.items()}
+            copied = {name: written.tensor_sha256[task.tensor.name] for task, name in _copies(job)}
             return ShardResult(written=written, copied=copied)
     except BaseException:
         job.path.unlink(missing_ok=True)
         raise
 
 
+def _copies(job: ShardJob) -> Iterator[tuple[TensorTask, str]]:
+    """Give the tasks that copy, each with the name of its tensor in the source."""
+    for task in job.tasks:
+        if task.op is Op.COPY:
+            yield task, job.weights[task.sources[0]].stored[task.part].name
+
+
 @dataclass(frozen=True, slots=True)
-class _Worker:
-    """Writes the tensors of one job."""
+class _Maker:
+    """Makes the bytes of the tensors of one job."""
 
     job: ShardJob
     reader: WeightReader
-    writer: ShardWriter
-    on_tensor: OnTensor
 
-    def write(self) -> dict[str, str]:
-        """Write every tensor; return the names of those that were copied, by that in the source."""
-        copied: dict[str, str] = {}
-        done = 0
-        for task in self.job.tasks:
-            self.on_tensor(task.tensor.name, done)
-            if task.op is Op.COPY:
-                stored = self.job.weights[task.sources[0]].stored[task.part]
-                self.writer.write(task.tensor.name, self._copy(stored))
-                copied[stored.name] = task.tensor.name
-            elif task.op is Op.QUANTIZE:
-                self.writer.write(task.tensor.name, self._quantized(task))
-            elif task.op is Op.DEQUANTIZE:
-                weight = self.job.weights[task.sources[0]]
-                chunks = finite_chunks(self.reader, weight, self.job.index.folder)
-                self.writer.write(task.tensor.name, chunks)
-            else:
-                self.writer.write(task.tensor.name, self._made(task))
-            done += task.tensor.nbytes
-        return copied
+    def tensors(self) -> Generator[Iterator[memoryview]]:
+        """Give the chunks of every tensor in order.
+
+        One thread decodes as fast as two hash, and how many share a product decides in which
+        order it is summed up.
+        """
+        with _one_thread():
+            for task in self.job.tasks:
+                yield self._chunks(task)
+
+    def _chunks(self, task: TensorTask) -> Iterator[memoryview]:
+        if task.op is Op.COPY:
+            stored = self.job.weights[task.sources[0]].stored[task.part]
+            return self._copied(stored)
+        if task.op is Op.QUANTIZE:
+            return self._quantized(task)
+        if task.op is Op.DEQUANTIZE:
+            weight = self.job.weights[task.sources[0]]
+            return finite_chunks(self.reader, weight, self.job.index.folder)
+        return iter((self._made(task),))
 
     def _quantized(self, task: TensorTask) -> Iterator[memoryview]:
         """Give the values or the scales of a weight in FP8 blocks."""
@@ -184,7 +188,7 @@ class _Worker:
                 raise not_finite_error(weight.name, self.job.index.folder)
             yield tensor_bytes(encode_fp8(rows)[task.part])
 
-    def _copy(self, stored: TensorSpec) -> Iterator[memoryview]:
+    def _copied(self, stored: TensorSpec) -> Iterator[memoryview]:
         """Give the bytes of a stored tensor, each chunk checked for NaN and Inf on its way."""
         for chunk in self.reader.stored_chunks(stored):
             if stored.dtype in FLOATS and find_non_finite(chunk, stored.dtype) is not None:
@@ -203,7 +207,6 @@ class _Worker:
                 found=f"values up to {made.abs().max().item():.3g}",
                 hint="Lower the gains of the recipe, or convert from a bf16 or fp32 copy.",
             )
-        self.reader.release()
         return tensor_bytes(stored)
 
     def _fitted(self, task: TensorTask) -> torch.Tensor:
@@ -222,11 +225,10 @@ class _Worker:
             config=self.job.config,
             recipe=self.job.recipe,
         )
-        with _one_thread():
-            return TRANSFORMS[task.op](job)
+        return TRANSFORMS[task.op](job)
 
     def _wide(self, name: str) -> torch.Tensor:
-        tensor = self.reader.tensor(self.job.weights[name]).float()
+        tensor = self.reader.wide(self.job.weights[name])
         if not _is_finite(tensor):
             raise not_finite_error(name, self.job.index.folder)
         return tensor
@@ -240,7 +242,7 @@ def _is_finite(values: torch.Tensor) -> bool:
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """Keep products on one core: how many share one decides in which order it is summed up."""
+    """Keep torch on the thread that calls it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

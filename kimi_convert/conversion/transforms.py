@@ -35,7 +35,9 @@ _TINY = torch.finfo(torch.float32).tiny  # a power below it counts as none
 class Job:
     """One target tensor to be made."""
 
-    sources: tuple[torch.Tensor, ...]  # fp32, in the order of the rule
+    sources: tuple[
+        torch.Tensor, ...
+    ]  # fp32, in the order of the rule; this job may overwrite them
     shape: tuple[int, ...]
     target: str  # parameter name; seeds what is random
     config: ModelConfig  # of the source
@@ -124,7 +126,7 @@ def scale_output(job: Job) -> torch.Tensor:
     latent_power = _row_power(latent).mean().clamp_min(_TINY)
     power = _folded_power(value * norm, latent) / latent_power
     rms = _per_head(power, job.config.mla.num_heads).sqrt()  # [H]
-    return output * rms.repeat_interleave(job.config.mla.v_head_dim)
+    return output.mul_(rms.repeat_interleave(job.config.mla.v_head_dim))
 
 
 def decay_rate(job: Job) -> torch.Tensor:

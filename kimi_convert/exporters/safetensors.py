@@ -7,7 +7,7 @@ loader needs is copied. Code is never copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.output import Output, open_output
+from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
-from kimi_convert.checkpoints.weight_reader import WeightReader
+from kimi_convert.checkpoints.weight_reader import WeightReader, decoding_bytes
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.architecture import ModelConfig
@@ -37,10 +39,13 @@ from kimi_convert.conversion.conversion_record import (
     extend_conversion_record,
     read_conversion_record,
 )
+from kimi_convert.conversion.memory import PROCESS_BYTES, require_free_memory
 from kimi_convert.errors import CheckpointError, UsageError
 from kimi_convert.model.names.layout import WEIGHT_DTYPES, match_checkpoint
 from kimi_convert.model.tokenizer import tokenizer_files
 
+_STAGE = "writing weights"
+_WIDEST_BYTES = 4  # of a new dtype, for each byte of a chunk of a narrow one
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 # Beside the tokenizer: how to generate, and the terms that come with the weights.
@@ -91,6 +96,7 @@ def export_safetensors(
     *,
     max_shard_bytes: int = 5 * 10**9,
     dtype: str | None = None,
+    on_memory: Callable[[int], None] | None = None,
     on_progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
     """Write a checkpoint again into a new or empty folder; the same call gives the same bytes.
@@ -102,6 +108,7 @@ def export_safetensors(
         dtype: one of `EXPORT_DTYPES` for all weights, rounded to nearest even; None to keep each
             as it is. Tensors that the format stores in fp32 are fp32 either way, and the router's
             correction bias is never narrowed.
+        on_memory: told, before anything is written, how many bytes the process holds at most.
         on_progress: told of every tensor, in bytes read.
 
     Raises:
@@ -110,7 +117,7 @@ def export_safetensors(
         CheckpointError: the checkpoint is not whole, holds NaN or Inf, or holds a value that the
             new dtype cannot hold; the message names the tensor.
         OutputError: the output folder is taken, or not apart from the checkpoint.
-        ResourceError: the disk is full or cannot be written.
+        ResourceError: the disk or the memory is full, or the folder cannot be written.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     if dtype is not None and dtype not in EXPORT_DTYPES:
@@ -120,6 +127,9 @@ def export_safetensors(
     stated = read_json_object(checkpoint / CONFIG_FILE)
     config = parse_config(stated, where=checkpoint / CONFIG_FILE)
     job = _plan(checkpoint, config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    if on_memory is not None:
+        on_memory(job.memory_bytes)
+    require_free_memory(job.memory_bytes, what="the export", where=checkpoint)
     document = _document(stated, config, dtype)
     record = read_conversion_record(checkpoint)
     with open_output(output, source=checkpoint) as target:
@@ -161,6 +171,12 @@ class _Job:
     tasks: Mapping[str, _Task]  # by the name that is written
     shards: ShardPlan
     carried: tuple[str, ...]  # names of files that are copied
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the process holds, at most: one chunk as it is read, and in its new dtype."""
+        read = max((decoding_bytes(task.source) for task in self.tasks.values()), default=0)
+        return PROCESS_BYTES + read + _WIDEST_BYTES * CHUNK_BYTES
 
     @property
     def changed_dtype(self) -> list[str]:
@@ -231,18 +247,21 @@ def _target_dtype(entry: Entry, stored: str, wanted: str | None) -> str:
 
 
 def _write_weights(target: Output, job: _Job, on_progress: ProgressCallback) -> None:
-    total, done = job.index.nbytes, 0
+    read: dict[str, int] = {}  # bytes before each tensor
+    done = 0
+    for name, task in job.tasks.items():
+        read[name] = done
+        done += task.source.stored_bytes
+
+    def tell(name: str, _: int) -> None:
+        on_progress(ProgressEvent(_STAGE, read[name], job.index.nbytes, "bytes", name))
+
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
+            chunks = (_chunks(reader, job.tasks[tensor.name]) for tensor in shard.tensors)
             with target.shard(shard) as writer:
-                for tensor in shard.tensors:
-                    source = job.tasks[tensor.name].source
-                    on_progress(
-                        ProgressEvent("writing weights", done, total, "bytes", tensor.name)
-                    )
-                    writer.write(tensor.name, _chunks(reader, job.tasks[tensor.name]))
-                    done += source.stored_bytes
-    on_progress(ProgressEvent("writing weights", done, total, "bytes"))
+                write_tensors(writer, chunks, on_tensor=tell)
+    on_progress(ProgressEvent(_STAGE, done, job.index.nbytes, "bytes"))
 
 
 def _chunks(reader: WeightReader, task: _Task) -> Iterator[memoryview]:

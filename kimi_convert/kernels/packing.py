@@ -10,7 +10,7 @@ from torch import Tensor
 from kimi_convert.errors import KernelInputError
 
 
-def check_cu_seqlens(where: str, cu_seqlens: Tensor, length: int) -> Tensor:
+def check_packed(where: str, cu_seqlens: Tensor, *, rows: int, length: int) -> Tensor:
     """Check the offsets of packed sequences; return them contiguous.
 
     Reads the values, which waits for a GPU, except while a CUDA graph is being captured: there
@@ -19,11 +19,20 @@ def check_cu_seqlens(where: str, cu_seqlens: Tensor, length: int) -> Tensor:
     Args:
         where: name of the public function, for the error.
         cu_seqlens: [N + 1] int32 | int64, from 0 to the number of tokens, never decreasing.
+        rows: B, which must be 1.
         length: tokens of all sequences.
 
     Raises:
         KernelInputError: names what was expected and what was found.
     """
+    if rows != 1:
+        raise KernelInputError(
+            "packed sequences have the wrong shape",
+            where=where,
+            expected="B=1: all sequences one after another in T",
+            found=f"B={rows}",
+            hint="Flatten the batch into T, or leave cu_seqlens out.",
+        )
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
         raise _wrong(where, "an int32 or int64 tensor", found)

@@ -86,8 +86,13 @@ class Head(nn.Module):
         # Past nn.Module's own setter, which would register the norm a second time, here.
         self.__dict__["_norm"] = norm
 
+    @property
+    def norm(self) -> RmsNorm:
+        """The model's final norm."""
+        norm: RmsNorm = self.__dict__["_norm"]
+        return norm
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [..., vocab] fp32 of hidden [..., D]."""
-        norm: RmsNorm = self.__dict__["_norm"]
-        logits = F.linear(norm(hidden), self.weight)
+        logits = F.linear(self.norm(hidden), self.weight)
         return logits.to(wide(logits.dtype))

@@ -25,6 +25,9 @@ from kimi_convert.config.architecture import ModelConfig, MoeConfig, Scoring, To
 from kimi_convert.model.numerics import GroupFill, Numerics, RouterWeight, wide
 
 _RENORMALIZE_EPS = 1e-20
+# Weights of one matrix of all experts, and tokens: from where on experts run all at once on a GPU.
+_SMALL_EXPERTS = 1_000_000
+_MANY_TOKENS = 1024
 _FILL: Mapping[GroupFill, float] = {
     GroupFill.NEGATIVE_INFINITY: float("-inf"),
     GroupFill.ZERO: 0.0,
@@ -133,7 +136,8 @@ class Experts(nn.Module):
         """Return the weighted sum of the chosen experts' outputs.
 
         Choices are sorted by expert, so that each chosen expert runs once, over its tokens alone,
-        and an expert that no token chose costs nothing. The sum is fp32.
+        and an expert that no token chose costs nothing. The sum is fp32. On a GPU, experts so small
+        that to launch them takes longer than to run them all run on all tokens.
 
         Args:
             tokens: [N, D].
@@ -142,6 +146,9 @@ class Experts(nn.Module):
         Returns:
             [N, D] in the dtype of `tokens`.
         """
+        small = self.gate.numel() <= _SMALL_EXPERTS and len(tokens) >= _MANY_TOKENS
+        if small and tokens.device.type == "cuda":
+            return self.run_all(tokens, routing)
         chosen = routing.experts.flatten()  # [N k]
         order = chosen.argsort(stable=True)
         weights = routing.weights.flatten()[order, None]  # [N k, 1]
@@ -154,6 +161,21 @@ class Experts(nn.Module):
                 # A token is in a part at most once, so the order of additions is fixed.
                 total.index_add_(0, row, self._run(expert, tokens[row]) * weight)
         return total.to(tokens.dtype)
+
+    def run_all(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return the same as `forward`, with every expert run on every token, without a wait."""
+        count, hidden, _ = self.gate.shape
+        weights = torch.zeros(
+            len(tokens), count, dtype=routing.weights.dtype, device=tokens.device
+        )
+        weights = weights.scatter(
+            1, routing.experts, routing.weights
+        )  # [N, E], 0 where not chosen
+        gate = F.linear(tokens, self.gate.flatten(0, 1))  # [N, E F]
+        inner = F.silu(gate) * F.linear(tokens, self.up.flatten(0, 1))
+        inner = inner.unflatten(1, (count, hidden)) * weights.to(inner.dtype).unsqueeze(-1)
+        down = self.down.transpose(1, 2).flatten(0, 1)  # [E F, D]
+        return (inner.flatten(1) @ down).to(tokens.dtype)
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         hidden = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])

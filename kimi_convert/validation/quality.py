@@ -229,7 +229,8 @@ def _score(
         text.tokens[:, 1:],
         students=list(running.values()),
         teacher=guide,
-        vocab_size=student.config.vocab_size,
+        # A run's hidden states are held too, and are the longer rows where a vocabulary is small.
+        vocab_size=max(student.config.vocab_size, student.config.hidden_size),
         on_progress=on_progress,
     )
     named = dict(zip(running, scored, strict=True))

@@ -29,7 +29,14 @@ class ProbeTokens:
         return self.tokens[:, 1:][self.asked]
 
 
-def copying_probe(token_ids: torch.Tensor, *, span: int, rows: int, seed: int) -> ProbeTokens:
+def copying_probe(
+    token_ids: torch.Tensor,
+    *,
+    span: int,
+    rows: int,
+    seed: int,
+    between: torch.Tensor | None = None,
+) -> ProbeTokens:
     """Repeat a random span: every token of the second copy but its first can be told.
 
     Args:
@@ -37,11 +44,13 @@ def copying_probe(token_ids: torch.Tensor, *, span: int, rows: int, seed: int) -
         span: tokens.
         rows: sequences.
         seed: of the draws.
+        between: [rows, n], what stands between the two; None for nothing.
     """
     drawn = _drawn(token_ids, span, rows, seed)
-    tokens = torch.cat((drawn, drawn), 1)
-    asked = torch.zeros(rows, 2 * span - 1, dtype=torch.bool)
-    asked[:, span:] = True
+    between = drawn[:, :0] if between is None else between
+    tokens = torch.cat((drawn, between, drawn), 1)
+    asked = torch.zeros(rows, tokens.shape[1] - 1, dtype=torch.bool)
+    asked[:, 1 - span :] = True
     return ProbeTokens(tokens=tokens, asked=asked)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from kimi_convert.validation.estimate import estimate_validation
 from kimi_convert.validation.memory_need import memory_need, require_room
 from kimi_convert.validation.parity.compare import compare_traces
 from kimi_convert.validation.parity.greedy import compare_greedy
+from kimi_convert.validation.parity.process_runners import FlaRunner
 from kimi_convert.validation.parity.run import ParityOptions, compare_implementations
 from kimi_convert.validation.parity.torch_model import (
     TorchRun,
@@ -138,7 +141,9 @@ def test_parity_runs_the_triton_row(checkpoint):
 
 
 def test_layers_of_flash_linear_attention_agree(checkpoint):
-    pytest.importorskip("fla.layers.kda", reason="flash-linear-attention is not installed")
+    problem: Any = SimpleNamespace(config=read_config(checkpoint))
+    if reason := FlaRunner().why_not(problem):
+        pytest.skip(reason)
     options = ParityOptions(against=("fla",), tokens=100, new_tokens=32)
     report = compare_implementations(checkpoint, options=options)
     assert report.passed, (report.absent, report.implementations)

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
-from kimi_convert.conversion.calibration.align import step_size
 from kimi_convert.conversion.calibration.distill_rows import StepRows
 from kimi_convert.conversion.calibration.distill_state import DistillState
 from kimi_convert.conversion.calibration.hybrid import Hybrid
@@ -69,7 +68,7 @@ def distill(
     _Training(hybrid, given, state, on_progress).run()
     _fill(hybrid, {name: hybrid.rounded(name, best) for name, best in state.best.items()})
     after = validate(hybrid, given.check)
-    taken = after.kl < before.kl
+    taken = hybrid.ranks.agreed(after.kl - before.kl, hybrid.device) < 0
     if not taken:
         _fill(hybrid, start)
     return {
@@ -89,13 +88,22 @@ def outcome_from(note: Mapping[str, object]) -> Outcome:
     return Outcome(**scores)
 
 
+def outcome_before(note: Mapping[str, object]) -> Outcome:
+    """Return the outcome of the hybrid before a distillation."""
+    scores = note["before"]
+    assert isinstance(scores, dict)
+    return Outcome(**scores)
+
+
 @torch.no_grad()
 def validate(hybrid: Hybrid, check: torch.Tensor) -> Outcome:
     """Compare both models on rows [n, T + 1]."""
     inputs = check[:, :-1].to(hybrid.device)
     guide = torch.cat([hybrid.run_teacher(inputs[rows]) for rows in batches(len(inputs))])
     stream = torch.cat([hybrid.run(inputs[rows]) for rows in batches(len(inputs))])
-    return outcome_of(hybrid.head, guide, stream, check)
+    return outcome_of(
+        hybrid.teacher_ends.head, guide, stream, check, student_head=hybrid.ends.head
+    )
 
 
 class _Training:
@@ -118,15 +126,17 @@ class _Training:
         """Take every step that the state has not taken."""
         steps, state = self.given.recipe.steps, self.state
         size = self.given.recipe.tokens_per_step // self.given.tokens.shape[1]
+        ranks, device = self.hybrid.ranks, self.hybrid.device
+        size = max(size // ranks.size, 1) * ranks.size  # so that all have as many
         rows = StepRows(self.given.tokens, rows_per_step=size, seed=self.given.seed)
         look_every = max(1, steps // _LOOKS)
         for step in range(len(state.losses), steps):
             self.on_progress(ProgressEvent(_STAGE, step, steps, "steps"))
-            self._step(step, rows.of(step).to(self.hybrid.device))
+            self._step(step, ranks.share(rows.of(step)).to(device))
             done = step + 1
             if done % look_every == 0 or done == steps:
                 self._read_losses()
-                state.look(done, validate(self.hybrid, self.given.check).kl)
+                state.look(done, ranks.agreed(validate(self.hybrid, self.given.check).kl, device))
             if done % _SAVE_EVERY == 0:
                 self._read_losses()
                 state.save()
@@ -146,7 +156,9 @@ class _Training:
 
     def _read_losses(self) -> None:
         """Wait for the device; not after each step, which would leave it idle."""
-        found = torch.stack(self.unread).cpu().tolist() if self.unread else []
+        if not self.unread:
+            return
+        found = self.hybrid.ranks.mean(torch.stack(self.unread)).cpu().tolist()
         self.unread.clear()
         for loss in found:
             self.state.losses.append(loss)
@@ -162,8 +174,7 @@ class _Training:
 def _optimizer(hybrid: Hybrid, recipe: DistillRecipe) -> torch.optim.Optimizer:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, value in hybrid.trained().items():
-        size = step_size(name.split(".", 2)[2], value.detach())
-        octave = round(_SIZES_PER_OCTAVE * math.log2(size)) / _SIZES_PER_OCTAVE
+        octave = round(_SIZES_PER_OCTAVE * math.log2(hybrid.step_size(name))) / _SIZES_PER_OCTAVE
         groups.setdefault(2.0**octave, []).append(value)
     return torch.optim.AdamW(
         [
@@ -184,7 +195,8 @@ def _loss(hybrid: Hybrid, tokens: torch.Tensor) -> torch.Tensor:
     for expected, found in zip(guide.split(_HEAD_TOKENS), stream.split(_HEAD_TOKENS), strict=True):
         total = total + checkpoint(
             _divergence,
-            hybrid.head,
+            hybrid.teacher_ends.head,
+            hybrid.ends.head,
             expected,
             found,
             use_reentrant=False,
@@ -193,8 +205,10 @@ def _loss(hybrid: Hybrid, tokens: torch.Tensor) -> torch.Tensor:
     return total / len(stream)
 
 
-def _divergence(head: Head, guide: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-    expected = head(guide).log_softmax(-1)
+def _divergence(
+    teacher_head: Head, head: Head, guide: torch.Tensor, stream: torch.Tensor
+) -> torch.Tensor:
+    expected = teacher_head(guide).log_softmax(-1)
     found = head(stream).log_softmax(-1)
     return (expected.exp() * (expected - found)).sum()
 

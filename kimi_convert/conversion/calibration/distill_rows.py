@@ -3,14 +3,14 @@
 A text that is shorter than the training is met several times. Every pass cuts it at other places and
 takes the pieces in another order, so that no context is met twice. Text alone seldom asks a model to
 copy, which attention does well and a state of fixed size does not: a share of rows repeats a piece
-of itself.
+of itself, half of them with its tokens shuffled, so that nothing but the context tells what follows.
 """
 
 from __future__ import annotations
 
 import torch
 
-_REPEATED_SHARE = 1 / 16  # of the rows of a step
+_REPEATED_SHARE = 1 / 8  # of the rows of a step
 _SHORTEST_SPAN = 8
 _EPOCH_SEED = 1_000_003
 
@@ -46,8 +46,10 @@ class StepRows:
 
     def _with_repetitions(self, rows: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
         """Repeat the first tokens of some rows until they are full."""
-        chosen = torch.rand(len(rows), 1, generator=draws) < _REPEATED_SHARE
+        share = torch.rand(len(rows), 1, generator=draws)
         longest = max(self._length // 2, _SHORTEST_SPAN)
         spans = torch.randint(_SHORTEST_SPAN, longest + 1, (len(rows), 1), generator=draws)
-        repeated = rows.gather(1, torch.arange(self._length) % spans.clamp_max(self._length))
-        return torch.where(chosen, repeated, rows)
+        order = torch.rand(rows.shape, generator=draws).argsort(1)
+        shuffled = torch.where(share < _REPEATED_SHARE / 2, rows.gather(1, order), rows)
+        at = torch.arange(self._length) % spans.clamp_max(self._length)
+        return torch.where(share < _REPEATED_SHARE, shuffled.gather(1, at), rows)

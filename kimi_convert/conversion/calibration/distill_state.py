@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kimi_convert.conversion.calibration.hybrid import Hybrid
+from kimi_convert.conversion.calibration.ranks import laid_out_as, whole
 from kimi_convert.conversion.calibration.store import CalibrationStore
 
 _NAME = "distill-state"
@@ -40,11 +41,13 @@ class DistillState:
         Raises:
             ResourceError: the disk is full or cannot be written.
         """
-        tensors = {f"{name}:best": value for name, value in self.best.items()}
+        tensors = {f"{name}:best": whole(value) for name, value in self.best.items()}
         for name, value in self._hybrid.trained().items():
             state = self.optimizer.state[value]
-            tensors |= {f"{name}:{key}": state[key] for key in _MOMENTS}
-            tensors[f"{name}:value"] = value
+            tensors |= {f"{name}:{key}": whole(state[key]) for key in _MOMENTS}
+            tensors[f"{name}:value"] = whole(value.detach())
+        if not self._hybrid.ranks.is_first:
+            return
         self._store.save(_NAME, tensors, {"losses": self.losses, "looks": self.looks})
 
     def _resume(self) -> None:
@@ -54,13 +57,13 @@ class DistillState:
         assert isinstance(looks, list)
         self.losses, self.looks = losses, looks
         for name, value in self._hybrid.trained().items():
-            value.data.copy_(tensors[f"{name}:value"])
+            value.detach().copy_(laid_out_as(tensors[f"{name}:value"], value.detach()))
             fused = self.optimizer.defaults["fused"]
             self.optimizer.state[value] = {
                 "step": torch.tensor(
                     float(len(losses)), device=value.device if fused else torch.device("cpu")
                 ),
-                **{key: tensors[f"{name}:{key}"].to(value.device) for key in _MOMENTS},
+                **{k: laid_out_as(tensors[f"{name}:{k}"], value.detach()) for k in _MOMENTS},
             }
             if f"{name}:best" in tensors:
-                self.best[name] = tensors[f"{name}:best"].to(value.device)
+                self.best[name] = laid_out_as(tensors[f"{name}:best"], value.detach())

@@ -41,6 +41,30 @@ class FixedStart:
 FixedMethod = Callable[[LayerGiven], FixedStart]
 
 
+def teachers_projections(
+    given: LayerGiven, *, rates: torch.Tensor, beta: torch.Tensor
+) -> KdaWeights:
+    """Return a mixer of the teacher's projections, of the current token alone, its gate at a half.
+
+    Args:
+        given: the teacher's layer.
+        rates: [H, K], of decay.
+        beta: [H, D], rows of the write strength's logits.
+    """
+    factors = given.layer.factors
+    return KdaWeights(
+        q=factors.q_nope,
+        k=factors.k_nope,
+        v=factors.v,
+        q_taps=last_taps(factors.q_nope, given.conv_size),
+        k_taps=last_taps(factors.k_nope, given.conv_size),
+        v_taps=last_taps(factors.v, given.conv_size),
+        rates=rates,
+        beta=beta,
+        gate=torch.zeros_like(beta),
+    )
+
+
 def last_taps(rows: torch.Tensor, width: int, gain: float = 1.0) -> torch.Tensor:
     """Return taps [H, d, W] of rows [H, d, D] that pass the current token alone."""
     taps = rows.new_zeros(*rows.shape[:2], width)

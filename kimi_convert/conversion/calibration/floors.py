@@ -19,7 +19,11 @@ from dataclasses import replace
 
 import torch
 
-from kimi_convert.conversion.calibration.fixed_start import FixedStart, LayerGiven, last_taps
+from kimi_convert.conversion.calibration.fixed_start import (
+    FixedStart,
+    LayerGiven,
+    teachers_projections,
+)
 from kimi_convert.conversion.calibration.mixer import KdaWeights
 from kimi_convert.conversion.calibration.ridge import fit_ridge, moments
 from kimi_convert.conversion.calibration.streams import groups
@@ -95,14 +99,8 @@ def _copied(given: LayerGiven) -> KdaWeights:
     """Return the teacher's projections, taps of 1, no dynamics."""
     factors = given.layer.factors
     heads, _, width = factors.q_nope.shape
-    return KdaWeights(
-        q=factors.q_nope,
-        k=factors.k_nope,
-        v=factors.v,
-        q_taps=last_taps(factors.q_nope, given.conv_size),
-        k_taps=last_taps(factors.k_nope, given.conv_size),
-        v_taps=last_taps(factors.v, given.conv_size),
+    return teachers_projections(
+        given,
         rates=factors.q_nope.new_full(factors.q_nope.shape[:2], _SLOW),
         beta=factors.v.new_zeros(heads, width),
-        gate=factors.v.new_zeros(heads, width),
     )

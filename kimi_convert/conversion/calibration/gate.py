@@ -27,6 +27,7 @@ _STEPS = (2.0, 4.0)  # 2 is the linear answer; the sigmoid and the penalty both 
 _LEAST_GAIN = 3e-4
 _BATCH_TOKENS = 4096
 _POWER_FLOOR = 1e-6  # of the strongest direction's
+_LEAST_POWER = 1e-12  # where inputs are all 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def solve_gate(
 def strongest_directions(layer: LayerStatistics, *, num: int) -> torch.Tensor:
     """Return the rows [num, D] of the strongest directions of x, each of unit power on x."""
     values, vectors = torch.linalg.eigh(layer.covariance.double())
-    power = values.flip(0).clamp_min(_POWER_FLOOR * float(values[-1]))
+    power = values.flip(0).clamp_min(max(_POWER_FLOOR * float(values[-1]), _LEAST_POWER))
     rows = (vectors.flip(1) / power.sqrt()).T[:num].float()
     missing = num - len(rows)  # a model narrower than a head
     return torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing > 0 else rows

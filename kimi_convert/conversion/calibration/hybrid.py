@@ -2,43 +2,72 @@
 
 Everything but the mixers is the teacher's own and frozen, so its weights serve both models. On a GPU
 they are bf16, which is what a checkpoint holds, and layers compute in bf16; what is trained, the
-residual stream and the head are fp32. Layers are run again in the backward pass instead of keeping
-their activations.
+residual stream and the head are fp32. Where their activations would take much memory, layers are run
+again in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kimi_convert.conversion.calibration.align import step_size
+from kimi_convert.conversion.calibration.ranks import Ranks, whole
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.language_model import Head
 from kimi_convert.model.moe import Router
 
 _HALF = torch.bfloat16
+_ACTIVATIONS = 64  # of a layer's size of the stream, roughly: what its backward pass reads
+_KEPT_BYTES = 8 * 1024**3  # on a GPU; where there are more, layers are run again
 
 
 class HybridLayer(nn.Module):
     """One layer of both models."""
 
-    def __init__(self, teacher: DecoderLayer, student: Student, matrix: torch.Tensor) -> None:
-        """Take over a layer, a mixer and its output matrix [F, D], which becomes a parameter."""
+    def __init__(
+        self,
+        teacher: DecoderLayer,
+        student: Student,
+        matrix: torch.Tensor,
+        *,
+        rest: DecoderLayer | None = None,
+    ) -> None:
+        """Take over a layer, a mixer and its output matrix [F, D], which becomes a parameter.
+
+        Args:
+            teacher: the layer.
+            student: the mixer.
+            matrix: turns its features into its output.
+            rest: norms and feed-forward of the student, where they are not the teacher's.
+        """
         super().__init__()
         self.teacher = teacher
+        self.rest = teacher if rest is None else rest
         self.mixer = student.module.requires_grad_()
-        self.matrix = nn.Parameter(matrix.clone())
+        self.matrix = nn.Parameter(matrix.clone(memory_format=torch.contiguous_format))
         self.student = student
+        # What a learning rate is multiplied by: of whole parameters, before any is cut.
+        self.step_sizes = {
+            name: step_size(name.partition(".")[2], value.detach())
+            for name, value in self.trained().items()
+        }
         if matrix.device.type == "cuda":
-            _halve(teacher)
+            for layer in {self.teacher, self.rest}:
+                _halve(layer)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the student's layer on hidden [B, T, D]."""
-        hidden = hidden + self.mixer(self.teacher.input_norm(hidden)) @ self.matrix
-        return hidden + self.teacher.feed_forward(hidden)
+    def forward(self, hidden: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+        """Run the student's layer on hidden [B, T, D]; again in the backward pass, unless kept."""
+        if keep or not torch.is_grad_enabled():
+            return self._student(hidden)
+        # No layer draws random numbers; to keep their state would wait for the GPU.
+        return checkpoint(self._student, hidden, use_reentrant=False, preserve_rng_state=False)
 
     def teach(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the teacher's layer on hidden [B, T, D]."""
@@ -50,27 +79,49 @@ class HybridLayer(nn.Module):
         found = {f"{prefix}{name}": value for name, value in self.mixer.named_parameters()}
         return {**found, f"{prefix}o.weight": self.matrix}
 
+    def _student(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.mixer(self.rest.input_norm(hidden)) @ self.matrix
+        return hidden + self.rest.feed_forward(hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What a model begins and ends with."""
+
+    embed: nn.Embedding
+    head: Head
+
 
 class Hybrid:
-    """A student whose every layer shares its feed-forward with the teacher."""
+    """A student that shares what it can with its teacher."""
 
     def __init__(
         self,
-        embed: nn.Embedding,
-        layers: list[DecoderLayer],
-        head: Head,
-        students: list[Student],
-        matrices: list[torch.Tensor],
+        ends: Ends,
+        layers: Iterable[HybridLayer],
+        *,
+        own: Ends | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Take over modules and output matrices [F, D]; the matrices become parameters."""
-        self.embed, self.head = embed, head
-        parts = zip(layers, students, matrices, strict=True)
-        self.layers = [HybridLayer(*part) for part in parts]
+        """Take over both models.
+
+        Args:
+            ends: of the teacher; on every rank whole.
+            layers: each is cut before the next is asked for.
+            own: of the student, where not the teacher's.
+            ranks: what it is cut among.
+        """
+        self.teacher_ends, self.ends = ends, own or ends
+        self.ranks = ranks or Ranks()
+        self.layers: list[HybridLayer] = []
+        for layer in layers:
+            self.ranks.shard(layer, also="teach")
+            self.layers.append(layer)
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self.embed.weight.device
+        return self.ends.embed.weight.device
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what is trained: "3.kda.q.weight" and so on, "3.kda.o.weight" as [F, D]."""
@@ -80,6 +131,11 @@ class Hybrid:
             for name, value in layer.trained().items()
         }
 
+    def step_size(self, name: str) -> float:
+        """Return what a learning rate is multiplied by for one of `trained`."""
+        layer, _, leaf = name.partition(".")
+        return self.layers[int(layer)].step_sizes[leaf]
+
     def rounded(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Round one of `trained` to what its file will hold."""
         layer, _, leaf = name.split(".", 2)
@@ -87,21 +143,24 @@ class Hybrid:
 
     def stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
         """Return one layer's parameters as a checkpoint names and shapes them."""
-        found = {name: value.detach() for name, value in self.layers[layer_idx].trained().items()}
+        trained = self.layers[layer_idx].trained()
+        found = {name: whole(value.detach()) for name, value in trained.items()}
         return {n: v.T if n.endswith(".o.weight") else v for n, v in found.items()}
 
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the student's last hidden states [B, T, D] fp32 of tokens [B, T]."""
-        hidden = self.embed(tokens).float()
+        hidden = self.ends.embed(tokens).float()
+        kept = _ACTIVATIONS * hidden.nbytes * len(self.layers)
+        keep = self.device.type == "cuda" and kept <= _KEPT_BYTES
         with self._arithmetic():
             for layer in self.layers:
-                hidden = _run_again_later(layer, hidden)
+                hidden = layer(hidden, keep=keep)
         return hidden
 
     @torch.no_grad()
     def run_teacher(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the teacher's last hidden states [B, T, D] fp32 of tokens [B, T]."""
-        hidden = self.embed(tokens).float()
+        hidden = self.teacher_ends.embed(tokens).float()
         with self._arithmetic():
             for layer in self.layers:
                 hidden = layer.teach(hidden)
@@ -111,11 +170,12 @@ class Hybrid:
         return torch.autocast("cuda", _HALF) if self.device.type == "cuda" else nullcontext()
 
 
-def _run_again_later(layer: HybridLayer, hidden: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return layer(hidden)
-    # No layer draws random numbers; to keep their state would wait for the GPU.
-    return checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False)
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Say whether two modules hold the same parameters, name by name."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in ours.items()
+    )
 
 
 def _halve(layer: DecoderLayer) -> None:

@@ -12,7 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from kimi_convert.conversion.calibration.fixed_start import FixedStart, LayerGiven, last_taps
+from kimi_convert.conversion.calibration.fixed_start import (
+    FixedStart,
+    LayerGiven,
+    teachers_projections,
+)
 from kimi_convert.conversion.calibration.mixer import KdaWeights
 from kimi_convert.conversion.calibration.statistics import LayerStatistics
 
@@ -126,16 +130,8 @@ def _naive(given: LayerGiven) -> KdaWeights:
     rate = torch.rand(heads, 1, generator=given.generator) * 15 + 1
     step = math.log(1e-3) + torch.rand(heads, key_dim, generator=given.generator) * math.log(100)
     beta = 0.02 * torch.randn(heads, width, generator=given.generator)
-    return KdaWeights(
-        q=factors.q_nope,
-        k=factors.k_nope,
-        v=factors.v,
-        q_taps=last_taps(factors.q_nope, given.conv_size),
-        k_taps=last_taps(factors.k_nope, given.conv_size),
-        v_taps=last_taps(factors.v, given.conv_size),
-        rates=(rate * step.exp()).to(factors.v.device),
-        beta=beta.to(factors.v.device),
-        gate=factors.v.new_zeros(heads, width),
+    return teachers_projections(
+        given, rates=(rate * step.exp()).to(factors.v.device), beta=beta.to(factors.v.device)
     )
 
 

@@ -163,7 +163,7 @@ class _Layer:
             with errors_of_layer(self.layer_idx):
                 self._align(guide, stream, mixed)
         part = self.store.tensors(name)
-        mixer = _mixer(self.given.config, {n: v.to(mixed.device) for n, v in part.items()})
+        mixer = mixer_of(self.given.config, {n: v.to(mixed.device) for n, v in part.items()})
         matrix = part[f"{mixer.prefix}o.weight"].to(mixed.device).T
         for rows in batches(len(stream)):
             x = self.student.input_norm(stream[rows])
@@ -179,8 +179,8 @@ class _Layer:
         x = torch.cat([self.student.input_norm(seen[rows]) for rows in batches(len(seen))])
         aim = mixed if forced else guide + mixed - stream
         rows = len(x) - self.given.text.validation_rows
-        was = _parameters_of(self.student)
-        mixer = _mixer(self.given.config, was)
+        was = parameters_of(self.student)
+        mixer = mixer_of(self.given.config, was)
         output = f"{mixer.prefix}o.weight"
         old = was[output].float().T
         before = moments(mixer.features(x[rows:]), aim[rows:]).nearness(old.double())
@@ -213,13 +213,14 @@ class _Layer:
         self.store.save(aligned_name(self.layer_idx), found, asdict(result))
 
 
-def _mixer(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> Student:
+def mixer_of(config: ModelConfig, parameters: Mapping[str, torch.Tensor]) -> Student:
+    """Return a mixer of a hybrid from its parameters, named as in a layer."""
     kinds = {"kda": KdaStudent, "mla": MlaStudent}
     (kind,) = {name.split(".")[0] for name in parameters}
     return kinds[kind](config, parameters)
 
 
-def _parameters_of(layer: DecoderLayer) -> dict[str, torch.Tensor]:
+def parameters_of(layer: DecoderLayer) -> dict[str, torch.Tensor]:
     """Return a layer's mixer as a checkpoint names it, output matrix included, fp32."""
     mixers = {"kda": layer.kda, "mla": layer.mla}
     return {

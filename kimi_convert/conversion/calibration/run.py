@@ -6,7 +6,7 @@ tokens; what is finished lies in a folder beside the output, from which an inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from kimi_convert.conversion.calibration.choice import (
     longest_run,
 )
 from kimi_convert.conversion.calibration.distill import DistillInput, distill, outcome_from
+from kimi_convert.conversion.calibration.distill_pair import DISTILLED, distilled_name
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
-from kimi_convert.conversion.calibration.hybrid import Hybrid
+from kimi_convert.conversion.calibration.hybrid import Ends, Hybrid, HybridLayer
 from kimi_convert.conversion.calibration.report import (
     CalibrationReport,
     KeptSet,
@@ -47,8 +48,6 @@ from kimi_convert.conversion.calibration.study import Study, StudyInput, part_na
 from kimi_convert.conversion.target import target_config
 from kimi_convert.model.backend import usable_device
 from kimi_convert.model.loading import LayerLoader, open_layers
-
-_DISTILLED = "distilled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +160,7 @@ class _Run:
         recipe = self.calibration.distill
         if not recipe.steps:
             return None
-        if not self.store.has(_DISTILLED):
+        if not self.store.has(DISTILLED):
             hybrid, given = self._hybrid(settled), self._sequential(settled)
             check = given.text.tokens[len(given.text.tokens) - given.text.validation_rows :]
             note = distill(
@@ -173,20 +172,21 @@ class _Run:
                 self.on_progress,
             )
             for n in range(self.teacher.config.num_layers):
-                self.store.save(_distilled_name(n), hybrid.stored(n), {})
-            self.store.save(_DISTILLED, {}, note)
-        return self.store.record(_DISTILLED)
+                self.store.save(distilled_name(n), hybrid.stored(n), {})
+            self.store.save(DISTILLED, {}, note)
+        return self.store.record(DISTILLED)
 
     def _hybrid(self, settled: Recipe) -> Hybrid:
         """Put the solved student together, around one copy of the teacher."""
         given = self._sequential(settled)
-        layers = [self.teacher.layer(n) for n in range(self.teacher.config.num_layers)]
-        fitted = [
-            fitted_student(layer, n, self.store.tensors(fitted_name(n)), given)
-            for n, layer in enumerate(layers)
-        ]
-        students, matrices = [one[0] for one in fitted], [one[1] for one in fitted]
-        return Hybrid(self.teacher.embedding(), layers, self.teacher.head(), students, matrices)
+
+        def layers() -> Iterator[HybridLayer]:
+            for n in range(self.teacher.config.num_layers):
+                layer = self.teacher.layer(n)
+                fitted = self.store.tensors(fitted_name(n))
+                yield HybridLayer(layer, *fitted_student(layer, n, fitted, given))
+
+        return Hybrid(Ends(self.teacher.embedding(), self.teacher.head()), layers())
 
     def _sequential(self, settled: Recipe) -> SequentialInput:
         return SequentialInput(
@@ -198,14 +198,10 @@ class _Run:
         )
 
 
-def _distilled_name(layer_idx: int) -> str:
-    return f"distilled-{layer_idx:04d}"
-
-
 def _latest(store: CalibrationStore, layer_idx: int) -> str:
     """Return the store's name of a layer's last parameters."""
-    name = _distilled_name(layer_idx)
-    return name if store.has(_DISTILLED) else fitted_name(layer_idx)
+    name = distilled_name(layer_idx)
+    return name if store.has(DISTILLED) else fitted_name(layer_idx)
 
 
 def _layer_fit(

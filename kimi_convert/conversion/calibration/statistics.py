@@ -57,7 +57,7 @@ def layer_statistics(mla: MultiHeadLatentAttention, x: torch.Tensor) -> LayerSta
             hint="Validate the teacher first; `--dtype float32` rules out an overflow.",
         )
     mean, covariance = flat.mean(0), flat.T @ flat / len(flat)
-    penalty = _CONSTANT_PENALTY * covariance.diagonal().mean()
+    penalty = _share_of_power(covariance, _CONSTANT_PENALTY)
     eye = torch.eye(len(mean), device=x.device)
     constant = torch.linalg.solve(covariance + penalty * eye, mean)
     factors = mla_factors(mla)
@@ -79,12 +79,17 @@ def layer_statistics(mla: MultiHeadLatentAttention, x: torch.Tensor) -> LayerSta
     )
 
 
+def _share_of_power(moments: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a penalty in proportion to the mean power; above 0 even where inputs are all 0."""
+    return (share * moments.diagonal().mean()).clamp_min(_TINY)
+
+
 def _centred_rows(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return rows [H, D] on x that follow values [N, T, H] about their mean."""
     flat, aim = x.flatten(0, 1), values.flatten(0, 1)
     gram = flat.T @ flat
     eye = torch.eye(len(gram), device=x.device)
-    penalty = _ROW_PENALTY * gram.diagonal().mean()
+    penalty = _share_of_power(gram, _ROW_PENALTY)
     return torch.linalg.solve(gram + penalty * eye, flat.T @ (aim - aim.mean(0))).T
 
 

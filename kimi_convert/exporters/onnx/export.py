@@ -122,11 +122,11 @@ def _open(checkpoint: Path, options: OnnxOptions) -> _Job:
         )
     if config.quantization is not None:
         raise CheckpointError(
-            "quantised checkpoints are not supported yet",
+            "a quantised checkpoint is not exported to ONNX as it is",
             where=checkpoint,
             expected="no quantization_config in config.json",
             found=config.quantization.get("quant_method", "quantization_config"),
-            hint="Use a bf16 copy of this checkpoint.",
+            hint="`kimi-convert export safetensors` writes a plain copy; export that.",
         )
     if options.quantize is not None:
         _check_blocks(checkpoint, config)

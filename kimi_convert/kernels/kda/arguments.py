@@ -12,7 +12,7 @@ from kimi_convert.errors import KernelInputError
 from kimi_convert.kernels.checks import expect, expect_dtype, expect_precision
 from kimi_convert.kernels.kda.gate import Gate
 from kimi_convert.kernels.norm import l2_norm
-from kimi_convert.kernels.packing import check_cu_seqlens
+from kimi_convert.kernels.packing import check_packed
 
 _UP_TO_SINGLE = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
@@ -104,8 +104,7 @@ def check_arguments(
     B, T, _, K = q.shape
     cu_seqlens, N = None, B
     if options.cu_seqlens is not None:
-        _check_one_row(where, B)
-        cu_seqlens = check_cu_seqlens(where, options.cu_seqlens, T).to(v.device)
+        cu_seqlens = check_packed(where, options.cu_seqlens, rows=B, length=T).to(v.device)
         N = len(cu_seqlens) - 1
     state = options.initial_state
     if state is not None:
@@ -175,15 +174,4 @@ def _check_groups(where: str, v: Tensor, *, H: int) -> None:
             expected=f"[B, T, HV, V] with HV a multiple of q's and k's {H}",
             found=list(v.shape),
             hint="Value head h reads the query and key of head h // (HV // H).",
-        )
-
-
-def _check_one_row(where: str, B: int) -> None:
-    if B != 1:
-        raise KernelInputError(
-            "packed sequences have the wrong shape",
-            where=where,
-            expected="B=1: all sequences one after another in T",
-            found=f"B={B}",
-            hint="Flatten the batch into T, or leave cu_seqlens out.",
         )

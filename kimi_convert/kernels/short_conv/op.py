@@ -8,7 +8,7 @@ from torch import Tensor
 from kimi_convert.errors import KernelInputError
 from kimi_convert.kernels.backend import Backend, resolve_backend
 from kimi_convert.kernels.checks import expect, expect_dtype, expect_precision
-from kimi_convert.kernels.packing import check_cu_seqlens
+from kimi_convert.kernels.packing import check_packed
 from kimi_convert.kernels.short_conv.call import Call, Convolved, Stream
 from kimi_convert.kernels.short_conv.reference import (
     packed_short_conv_reference,
@@ -162,8 +162,9 @@ def _checked(
     dtype = expect_precision(where, **{name: tensor for name, (tensor, _) in specs.items()})
     N = sizes["B"]
     if cu_seqlens is not None:
-        _expect_one_row(where, sizes["B"])
-        cu_seqlens = check_cu_seqlens(where, cu_seqlens, sizes["T"]).to(streams[0].x.device)
+        cu_seqlens = check_packed(where, cu_seqlens, rows=sizes["B"], length=sizes["T"]).to(
+            streams[0].x.device
+        )
         N = len(cu_seqlens) - 1
     _check_states(where, names, streams, N=N, W=sizes["W"])
     return Call(streams=streams, cu_seqlens=cu_seqlens, N=N, dtype=dtype)
@@ -224,17 +225,6 @@ def _backend(where: str, call: Call, backend: Backend | str | None) -> Backend:
         found=call.W,
         hint='Pass backend="torch", or None to let the call decide.',
     )
-
-
-def _expect_one_row(where: str, B: int) -> None:
-    if B != 1:
-        raise KernelInputError(
-            "packed sequences have the wrong shape",
-            where=where,
-            expected="B=1: all sequences one after another in T",
-            found=f"B={B}",
-            hint="Flatten the batch into T, or leave cu_seqlens out.",
-        )
 
 
 def _expect_contiguous(where: str, name: str, state: Tensor) -> None:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
+
 from kimi_convert.validation.bounds import tie_margin
 from kimi_convert.validation.parity.report import GreedyComparison
 from kimi_convert.validation.parity.trace import Greedy
+
+
+def continue_by(
+    step: Callable[[list[int]], torch.Tensor], prompt: Sequence[int], count: int
+) -> Greedy:
+    """Continue a prompt by the likeliest tokens, without stopping.
+
+    Args:
+        step: takes tokens that come after all that it was given before, and returns the logits
+            [vocab] after the last, on the CPU.
+        prompt: at least one token.
+        count: of tokens, at least one.
+    """
+    pending, rows = list(prompt), list[torch.Tensor]()
+    while len(rows) < count:
+        rows.append(step(pending))
+        pending = [int(rows[-1].argmax())]
+    logits = torch.stack(rows)
+    return Greedy(logits.argmax(-1), logits)
 
 
 def compare_greedy(found: Greedy, expected: Greedy, *, bound: float) -> GreedyComparison:

@@ -78,7 +78,6 @@ class TorchRunner:
         yield self.name, Trace(trace.values, greedy, rerouted=trace.rerouted)
 
 
-REFERENCE = "torch"
 RUNNERS: tuple[Runner, ...] = (
     TorchRunner(
         name="recurrent",

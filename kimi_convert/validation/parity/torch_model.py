@@ -20,6 +20,7 @@ from kimi_convert.model.cache import KdaCache, LayerCache, MlaCache, new_cache
 from kimi_convert.model.kda import KdaForm
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.numerics import SERVED, Numerics
+from kimi_convert.validation.parity.greedy import continue_by
 from kimi_convert.validation.parity.probes import listening
 from kimi_convert.validation.parity.routing import Follower, groups_of
 from kimi_convert.validation.parity.stages import (
@@ -118,13 +119,11 @@ def continue_greedily(folder: Path, prompt: Sequence[int], count: int, run: Torc
             assert isinstance(layer, DecoderLayer)
             run.exchange(layer)
     cache = new_cache(model.config, 1, dtype=run.dtype, device=run.device)
-    pending = torch.tensor([list(prompt)], device=run.device)
-    rows: list[torch.Tensor] = []
-    for _ in range(count):
-        rows.append(model(pending, cache)[0, -1])
-        pending = rows[-1].argmax().reshape(1, 1)
-    logits = torch.stack(rows).cpu()
-    return Greedy(logits.argmax(-1), logits)
+
+    def step(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids], device=run.device), cache)[0, -1].cpu()
+
+    return continue_by(step, prompt, count)
 
 
 def _follower(

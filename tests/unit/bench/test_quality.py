@@ -8,9 +8,9 @@ from kimi_convert.bench import quality_rows
 from kimi_convert.bench.quality_floor import OFF
 from kimi_convert.bench.quality_run import Measured, Setting
 from kimi_convert.bench.quality_table import Results
-from kimi_convert.config.calibration import InitMethod
+from kimi_convert.config.calibration import DistillRecipe, InitMethod
 
-STAGES = quality_rows.stages([100], 1_000_000)
+STAGES = quality_rows.stages([100], DistillRecipe(tokens=1_000_000))
 
 
 def test_every_method_has_a_row_at_the_same_tokens_and_layers():
@@ -18,20 +18,20 @@ def test_every_method_has_a_row_at_the_same_tokens_and_layers():
     for stage, suffix in zip(
         STAGES, ("", " + 100 steps", " + 100 steps + 1M tokens"), strict=True
     ):
-        methods = quality_rows.DISTILLED if stage.distill_tokens else quality_rows.METHODS
+        methods = quality_rows.DISTILLED if stage.distill.tokens else quality_rows.METHODS
         for method in methods:
             recipe = rows[f"{method}{suffix}"]
             assert recipe.calibration is not None
             assert recipe.calibration.method is method
             assert recipe.calibration.align.steps == stage.align_steps
-            assert recipe.calibration.distill.tokens == stage.distill_tokens
+            assert recipe.calibration.distill.tokens == stage.distill.tokens
             assert recipe.kept_layers(8) == (3, 7)
         assert len({rows[f"{method}{suffix}"].calibration.tokens for method in methods}) == 1
     assert {InitMethod.NAIVE, InitMethod.KIL, InitMethod.TAYLOR} < {*quality_rows.DISTILLED}
 
 
 def test_rows_have_names_of_their_own():
-    all_stages = quality_rows.stages([100, 300], 20_000_000)
+    all_stages = quality_rows.stages([100, 300], DistillRecipe(tokens=20_000_000))
     names = [name for name, _ in quality_rows.starts(all_stages)]
     assert len(names) == len(set(names))
 

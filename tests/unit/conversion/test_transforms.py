@@ -32,7 +32,7 @@ RECIPE = Recipe(
 
 def make(op, *sources, shape, recipe=RECIPE, target="layers.0.kda.x", **fields):
     job = Job(
-        sources=tuple(sources),
+        sources=tuple(source.clone() for source in sources),
         shape=shape,
         target=target,
         config=tiny_config("deepseek_v3", **fields),

@@ -14,7 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.errors import CheckpointError, ConfigError, OutputError, UsageError
+from kimi_convert.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    ResourceError,
+    UsageError,
+)
 from kimi_convert.exporters.safetensors import EXPORT_DTYPES, export_safetensors
 from kimi_convert.model.loading import load_model
 from kimi_convert.model.names.layout import expected_entries
@@ -265,6 +271,18 @@ def test_tokenizer_and_terms_are_carried_and_code_is_not(tmp_path):
     assert after.keys() == carried | own | shards
     assert all(after[name] == name.encode() for name in carried)
     assert {file.name for file in result.files} == after.keys()
+
+
+def test_memory_is_told_and_checked_before_anything_is_written(tmp_path, monkeypatch):
+    source = write_tiny_checkpoint(tmp_path / "in", HYBRID)
+    told = []
+    monkeypatch.setattr("kimi_convert.conversion.memory.free_memory_bytes", lambda: 10**6)
+    with pytest.raises(ResourceError, match="not enough memory for the export"):
+        export(source, tmp_path / "out", on_memory=told.append)
+    assert not (tmp_path / "out").exists()
+    (planned,) = told
+    monkeypatch.setattr("kimi_convert.conversion.memory.free_memory_bytes", lambda: planned)
+    export(source, tmp_path / "out")
 
 
 def test_result_hashes_what_is_there(tmp_path):

@@ -184,3 +184,11 @@ def test_router_in_model_dtype_rounds_its_logits():
         weights.append(router(token).weights)
     difference = relative_error(*weights)
     assert 0 < difference < 2**-8
+
+
+def test_experts_all_at_once_give_the_same(tmp_path, config):
+    moe = mixture(tmp_path, config)
+    tokens = random_hidden(config, 30, dtype=torch.float64).flatten(0, 1)
+    routing = moe.router(tokens)
+    expected = moe.experts(tokens, routing)
+    assert relative_error(moe.experts.run_all(tokens, routing), expected) < FP64_BOUND

@@ -15,10 +15,17 @@ import torch
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from kimi_convert.validation.parity.oracles.hearing import (
+    OF_KDA,
+    OF_LAYER,
+    OF_MLA,
+    Heard,
+    Stages,
+    heard_in,
+)
 from kimi_convert.validation.parity.oracles.process import DECODE, OracleRequest, answer_request
 from kimi_convert.validation.parity.stages import (
     EMBED_PROBE,
-    HIDDEN,
     LATENTS,
     LOGITS_PROBE,
     ROUTER,
@@ -29,36 +36,14 @@ from kimi_convert.validation.parity.stages import (
 from kimi_convert.validation.parity.trace import Greedy, Trace
 
 _CHOSEN, _ROUTER_LOGITS = "chosen", "router logits"  # stages that become SCORES and ROUTER
-# Path of a module in a layer -> stages that it takes in and gives out; empty for no stage.
-_MODULES: Mapping[str, tuple[str, str]] = {
-    "input_layernorm": ("", "input_norm"),
-    "post_attention_layernorm": ("", "mlp_norm"),
-    "mlp": ("", "feed_forward"),
+_OF_BOTH: Stages = {
+    **OF_LAYER,
     "mlp.gate": ("", _ROUTER_LOGITS),
     "mlp.switch_mlp": (_CHOSEN, ""),
-    "mlp.shared_experts": ("", "moe.shared"),
-    "": ("", HIDDEN),
 }
-_OF_MIXER: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "kda": {
-        "self_attn.q_proj": ("", "kda.q"),
-        "self_attn.k_proj": ("", "kda.k"),
-        "self_attn.v_proj": ("", "kda.v"),
-        "self_attn.f_b_proj": ("", "kda.f"),
-        "self_attn.b_proj": ("", "kda.b"),
-        "self_attn.g_b_proj": ("", "kda.g"),
-        "self_attn.o_norm": ("kda.recurrence", ""),
-        "self_attn.o_proj": ("kda.o_norm", "kda.o"),
-    },
-    "mla": {
-        "self_attn.q_proj": ("", "mla.q"),
-        "self_attn.kv_a_proj_with_mqa": ("", "mla.kv_a"),
-        "self_attn.kv_a_layernorm": ("", "mla.kv_a_norm"),
-        "self_attn.o_proj": ("mla.attention", "mla.o"),
-    },
-}
+_OF_KDA: Stages = {**_OF_BOTH, **OF_KDA, "self_attn.f_b_proj": ("", "kda.f")}
+_OF_MLA: Stages = {**_OF_BOTH, **OF_MLA}
 _Pieces = defaultdict[Probe, list[mx.array]]
-_Heard = list[tuple[Any, Probe | None, Probe | None]]  # module, what it takes in, gives out
 
 
 def trace_with_mlx(request: OracleRequest) -> dict[str, Trace]:
@@ -108,23 +93,15 @@ def trace_model(
     return values | {LOGITS_PROBE: torch.cat(logits, 1)}
 
 
-def _modules(model: Any) -> _Heard:  # noqa: ANN401
-    """Return modules with the probes that they take in (as their last argument) and give out."""
-    found: _Heard = [(model.model.embed_tokens, None, EMBED_PROBE)]
+def _modules(model: Any) -> list[Heard]:  # noqa: ANN401
+    found = [Heard(model.model.embed_tokens, None, EMBED_PROBE)]
     for layer_idx, layer in enumerate(model.layers):
-        stages = {**_MODULES, **_OF_MIXER["kda" if layer.is_linear else "mla"]}
-        for path, (taken, given) in stages.items():
-            part: Any = layer
-            for name in filter(None, path.split(".")):
-                part = getattr(part, name, None)
-            if part is not None:
-                at = [Probe(layer_idx, stage) if stage else None for stage in (taken, given)]
-                found.append((part, at[0], at[1]))
+        found += heard_in(layer, layer_idx, _OF_KDA if layer.is_linear else _OF_MLA)
     return found
 
 
 @contextmanager
-def _listening(modules: _Heard, pieces: _Pieces) -> Generator[None]:
+def _listening(modules: list[Heard], pieces: _Pieces) -> Generator[None]:
     """Keep what goes in and out of modules: mlx has no hooks, so their classes are changed."""
     probes = {id(module): (taken, given) for module, taken, given in modules}
     calls = {type(module): type(module).__call__ for module, _, _ in modules}
@@ -191,16 +168,8 @@ def _recomputed(
 
 
 def _continue(model: Any, request: OracleRequest) -> Greedy | None:  # noqa: ANN401
-    if not request.new_tokens:
-        return None
     cache = make_prompt_cache(model)
-    pending = request.prompt
-    rows: list[torch.Tensor] = []
-    for _ in range(request.new_tokens):
-        rows.append(_as_torch(model(mx.array([pending]), cache))[0, -1])
-        pending = [int(rows[-1].argmax())]
-    stacked = torch.stack(rows)
-    return Greedy(stacked.argmax(-1), stacked)
+    return request.continued(lambda ids: _as_torch(model(mx.array([ids]), cache))[0, -1])
 
 
 def _as_torch(values: mx.array) -> torch.Tensor:

@@ -57,18 +57,14 @@ def _last(generator: Any) -> torch.Tensor:  # noqa: ANN401
 
 
 def _continue(model: Any, request: OracleRequest) -> Greedy | None:  # noqa: ANN401
-    if not request.new_tokens:
-        return None
     generator = _generator(model, len(request.prompt) + request.new_tokens)
-    generator.append_tokens(np.array([request.prompt], dtype=np.int32))
-    rows = [_last(generator)]
-    while len(rows) < request.new_tokens:
-        # Chosen here: the runtime's own choice would end at the token that ends a text.
-        chosen = int(rows[-1].argmax())
-        generator.append_tokens(np.array([[chosen]], dtype=np.int32))
-        rows.append(_last(generator))
-    logits = torch.stack(rows)
-    return Greedy(logits.argmax(-1), logits)
+
+    # Chosen by whoever asks: the runtime's own choice would end at the token that ends a text.
+    def step(ids: list[int]) -> torch.Tensor:
+        generator.append_tokens(np.array([ids], dtype=np.int32))
+        return _last(generator)
+
+    return request.continued(step)
 
 
 if __name__ == "__main__":

@@ -222,16 +222,11 @@ def routing(results: Mapping[str, np.ndarray], config: ModelConfig) -> dict[Prob
 
 
 def _continue(session: OnnxSession, request: OracleRequest) -> Greedy | None:
-    if not request.new_tokens:
-        return None
     states = session.new_states(1)
-    pending = np.array([request.prompt])
-    rows: list[torch.Tensor] = []
-    for _ in range(request.new_tokens):
-        rows.append(torch.from_numpy(session.run(pending, states)[0, -1].copy()))
-        pending = np.array([[int(rows[-1].argmax())]])
-    logits = torch.stack(rows)
-    return Greedy(logits.argmax(-1), logits)
+    return request.continued(
+        # Copied: the array is a view of what the session owns.
+        lambda ids: torch.from_numpy(session.run(np.array([ids]), states)[0, -1].copy())
+    )
 
 
 if __name__ == "__main__":

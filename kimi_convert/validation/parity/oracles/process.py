@@ -15,7 +15,8 @@ from typing import NoReturn
 import torch
 
 import kimi_convert
-from kimi_convert.validation.parity.trace import Trace, load_trace, save_trace
+from kimi_convert.validation.parity.greedy import continue_by
+from kimi_convert.validation.parity.trace import Greedy, Trace, load_trace, save_trace
 
 _PACKAGE_PARENT = str(Path(kimi_convert.__file__).parents[1])
 _LAST_LINES = 1
@@ -40,6 +41,10 @@ class OracleRequest:
     def token_ids(self) -> torch.Tensor:
         """Tokens [B, T] int64."""
         return torch.tensor(self.tokens)
+
+    def continued(self, step: Callable[[list[int]], torch.Tensor]) -> Greedy | None:
+        """Continue the prompt, if that is asked for; see `continue_by`."""
+        return continue_by(step, self.prompt, self.new_tokens) if self.new_tokens else None
 
 
 class OracleFailedError(Exception):

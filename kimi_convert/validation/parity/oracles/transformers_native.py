@@ -17,6 +17,14 @@ import transformers
 from torch import nn
 
 from kimi_convert.config.huggingface import read_config
+from kimi_convert.validation.parity.oracles.hearing import (
+    OF_KDA,
+    OF_LAYER,
+    OF_MLA,
+    Stages,
+    heard_in,
+    module_at,
+)
 from kimi_convert.validation.parity.oracles.process import (
     DECODE,
     OracleRequest,
@@ -25,7 +33,6 @@ from kimi_convert.validation.parity.oracles.process import (
 )
 from kimi_convert.validation.parity.stages import (
     EMBED_PROBE,
-    HIDDEN,
     LOGITS_PROBE,
     ROUTER,
     SCORES,
@@ -39,36 +46,20 @@ CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
-# Path of a module in a layer -> stages that it takes in and gives out; empty for no stage.
-_MODULES: Mapping[str, tuple[str, str]] = {
-    "input_layernorm": ("", "input_norm"),
+_OF_KDA: Stages = {
+    **OF_LAYER,
+    **OF_KDA,
     "self_attn.forget_gate.f_b_proj": ("", "kda.f"),
     "self_attn.forget_gate": ("", "kda.decay"),
-    "self_attn.b_proj": ("", "kda.b"),
-    "self_attn.g_b_proj": ("", "kda.g"),
-    "self_attn.o_norm": ("kda.recurrence", ""),
+    "mlp.experts": ("", "moe.experts"),
+}
+_OF_MLA: Stages = {
+    **OF_LAYER,
+    **OF_MLA,
     "self_attn.q_a_proj": ("", "mla.q_a"),
     "self_attn.q_a_layernorm": ("", "mla.q_a_norm"),
     "self_attn.q_b_proj": ("", "mla.q"),
-    "self_attn.kv_a_proj_with_mqa": ("", "mla.kv_a"),
-    "self_attn.kv_a_layernorm": ("", "mla.kv_a_norm"),
-    "post_attention_layernorm": ("", "mlp_norm"),
     "mlp.experts": ("", "moe.experts"),
-    "mlp.shared_experts": ("", "moe.shared"),
-    "mlp": ("", "feed_forward"),
-    "": ("", HIDDEN),
-}
-_OF_MIXER: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "kda": {
-        "self_attn.q_proj": ("", "kda.q"),
-        "self_attn.k_proj": ("", "kda.k"),
-        "self_attn.v_proj": ("", "kda.v"),
-        "self_attn.o_proj": ("kda.o_norm", "kda.o"),
-    },
-    "mla": {
-        "self_attn.q_proj": ("", "mla.q"),
-        "self_attn.o_proj": ("mla.attention", "mla.o"),
-    },
 }
 _Pieces = defaultdict[Probe, list[torch.Tensor]]
 
@@ -136,24 +127,15 @@ def trace_model(
 
 
 def _listen(layer: nn.Module, layer_idx: int, pieces: _Pieces) -> list[Any]:
-    mixer = "kda" if hasattr(layer.self_attn, "forget_gate") else "mla"
-    hooks = []
-    for path, (taken, given) in {**_MODULES, **_OF_MIXER[mixer]}.items():
-        module = _part(layer, path)
-        if module is not None:
-            at = [Probe(layer_idx, stage) if stage else None for stage in (taken, given)]
-            hooks.append(module.register_forward_hook(_keep(pieces, at[1], at[0])))
-    router = _part(layer, "mlp.gate")
+    stages = _OF_KDA if hasattr(layer.self_attn, "forget_gate") else _OF_MLA
+    hooks = [
+        heard.module.register_forward_hook(_keep(pieces, heard.given, heard.taken))
+        for heard in heard_in(layer, layer_idx, stages)
+    ]
+    router = module_at(layer, "mlp.gate")
     if router is not None:
         hooks.append(router.register_forward_hook(_keep_routing(pieces, layer_idx)))
     return hooks
-
-
-def _part(layer: nn.Module, path: str) -> nn.Module | None:
-    part: object = layer
-    for name in filter(None, path.split(".")):
-        part = getattr(part, name, None)
-    return part if isinstance(part, nn.Module) else None
 
 
 def _keep(pieces: _Pieces, given: Probe | None, taken: Probe | None = None) -> Callable[..., None]:
@@ -203,17 +185,13 @@ def _convolved(
 
 
 def _continue(model: Any, request: OracleRequest) -> Greedy | None:  # noqa: ANN401
-    if not request.new_tokens:
-        return None
     cache = transformers.DynamicCache(config=model.config)
-    pending = torch.tensor([request.prompt])
-    rows: list[torch.Tensor] = []
-    for _ in range(request.new_tokens):
-        logits = model(pending, past_key_values=cache, use_cache=True).logits
-        rows.append(logits[0, -1].float())
-        pending = rows[-1].argmax().reshape(1, 1)
-    stacked = torch.stack(rows)
-    return Greedy(stacked.argmax(-1), stacked)
+
+    def step(ids: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits
+        return logits[0, -1].float()
+
+    return request.continued(step)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ from kimi_convert.config.calibration import (
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import Recipe, RopeHandling
 from kimi_convert.config.target_format import TargetFormat
-from kimi_convert.conversion.calibration import ahead, align, distill, moves, outputs, search
+from kimi_convert.conversion.calibration import (
+    ahead,
+    align,
+    distill,
+    hybrid,
+    moves,
+    outputs,
+    search,
+)
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
@@ -30,6 +38,7 @@ from kimi_convert.validation import Check, ValidationOptions, validate_checkpoin
 from tests.pretend_device import pretended_device
 from tests.quantized import write_twins
 from tests.tiny import tiny_config, write_tiny_checkpoint
+from tests.unit.validation.build import edit_tensors
 
 LENGTH = 24
 FITTED = {
@@ -271,6 +280,33 @@ def test_solve_that_is_not_finite_names_its_layer(tmp_path, text, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dead", ["input_layernorm", "o_proj"], ids=["reads-0", "writes-0"])
+def test_layer_that_does_nothing_is_converted_to_one_that_does_nothing(tmp_path, text, dead):
+    source = source_of(tmp_path)
+
+    def silence(tensors):
+        for name, values in tensors.items():
+            if f"layers.1.{dead}" in name or f"layers.1.self_attn.{dead}" in name:
+                values.zero_()
+
+    edit_tensors(source, silence)
+    result = convert(source, tmp_path / "out", text)
+    assert result.fit is not None
+    assert result.fit.layers[1].mixer == "kda"
+    assert result.fit.layers[1].kl_as_kda == pytest.approx(0, abs=1e-4)
+
+
+def test_matrix_that_cannot_be_decomposed_names_its_layer(tmp_path, text, monkeypatch):
+    def singular(*_):
+        raise torch.linalg.LinAlgError("the input matrix is singular")
+
+    monkeypatch.setattr("kimi_convert.conversion.calibration.statistics._maps", singular)
+    with pytest.raises(CalibrationError, match="cannot be solved") as caught:
+        convert(source_of(tmp_path), tmp_path / "out", text)
+    assert caught.value.where == "layer 0"
+    assert "singular" in caught.value.found
+
+
 def test_solve_that_does_harm_is_replaced_and_said(tmp_path, text, monkeypatch):
     real = outputs.fit_ridge
 
@@ -411,5 +447,5 @@ def test_loss_that_is_not_finite_ends_distillation(tmp_path, text):
         monstrous = distilled(steps=30, rate=1.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distill, "_CLIP", float("inf"))
-            patch.setattr(distill, "step_size", lambda *_: 1e30)
+            patch.setattr(hybrid, "step_size", lambda *_: 1e30)
             convert(source_of(tmp_path), tmp_path / "out", text, recipe=monstrous)

@@ -22,8 +22,10 @@ from kimi_convert.exporters.onnx.options import (
 )
 from kimi_convert.exporters.onnx.session import OnnxSession
 from kimi_convert.exporters.onnx.weights import external_tensor
+from kimi_convert.exporters.safetensors import export_safetensors
 from kimi_convert.model.loading import load_model
 from kimi_convert.model.names.layout import expected_entries
+from tests.quantized import write_twins
 from tests.tiny import tiny_config, write_tiny_checkpoint
 from tests.unit.exporters.onnx.comparison import FP32_BOUND, error, reference_run
 
@@ -65,6 +67,15 @@ def test_the_same_export_gives_the_same_bytes(checkpoint, tmp_path, target):
     export_onnx(checkpoint, tmp_path / "one", options=options)
     export_onnx(checkpoint, tmp_path / "two", options=options)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_quantised_checkpoint_is_exported_from_the_plain_copy_that_is_named(tmp_path):
+    quantised, _ = write_twins(tmp_path, "fp8")
+    with pytest.raises(CheckpointError, match="quantised") as caught:
+        export_onnx(quantised, tmp_path / "onnx")
+    assert "export safetensors" in caught.value.hint
+    export_safetensors(quantised, tmp_path / "copy")
+    assert export_onnx(tmp_path / "copy", tmp_path / "onnx").files
 
 
 def test_a_graph_that_is_there_stays(checkpoint):

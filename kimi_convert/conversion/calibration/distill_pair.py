@@ -1,0 +1,92 @@
+"""Distil a hybrid that exists: its own norms, feed-forward and ends stay, where not the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from kimi_convert.config.calibration import DistillRecipe
+from kimi_convert.config.progress import ProgressCallback
+from kimi_convert.conversion.calibration.calibration_text import CalibrationText
+from kimi_convert.conversion.calibration.distill import DistillInput, distill
+from kimi_convert.conversion.calibration.hybrid import Ends, Hybrid, HybridLayer, same_weights
+from kimi_convert.conversion.calibration.ranks import Ranks
+from kimi_convert.conversion.calibration.realign import aligned_name, mixer_of, parameters_of
+from kimi_convert.conversion.calibration.store import CalibrationStore
+from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.loading import LayerLoader
+
+DISTILLED = "distilled"
+
+
+def distill_pair(
+    teacher: LayerLoader,
+    student: LayerLoader,
+    text: CalibrationText,
+    recipe: DistillRecipe,
+    store: CalibrationStore,
+    on_progress: ProgressCallback,
+    *,
+    ranks: Ranks,
+    seed: int,
+) -> Mapping[str, object]:
+    """Train the mixers of a hybrid, aligned ones where the store has them; return what to note.
+
+    Every rank calls this; the first one stores the result.
+
+    Raises:
+        VerificationError: the loss is not finite; the last saved state is kept.
+    """
+    finished = store.has(DISTILLED)
+    ranks.wait()  # else the first may store it before another looks
+    if not finished:
+        hybrid = _hybrid(teacher, student, store, ranks)
+        check = text.tokens[len(text.tokens) - text.validation_rows :]
+        given = DistillInput(tokens=text.training, check=check, recipe=recipe, seed=seed)
+        note = distill(hybrid, given, store, on_progress)
+        for n in range(student.config.num_layers):
+            parameters = hybrid.stored(n)
+            if ranks.is_first:
+                store.save(distilled_name(n), parameters, {})
+        if ranks.is_first:
+            store.save(DISTILLED, {}, note)
+        ranks.wait()
+    return store.record(DISTILLED)
+
+
+def distilled_name(layer_idx: int) -> str:
+    """Return the store's name of a layer's parameters after distillation."""
+    return f"distilled-{layer_idx:04d}"
+
+
+def _hybrid(
+    teacher: LayerLoader, student: LayerLoader, store: CalibrationStore, ranks: Ranks
+) -> Hybrid:
+    def layers() -> Iterator[HybridLayer]:
+        for n in range(teacher.config.num_layers):
+            theirs, own = teacher.layer(n), student.layer(n)
+            parameters = parameters_of(own)
+            if store.has(aligned_name(n)):
+                device = own.input_norm.weight.device
+                stored = store.tensors(aligned_name(n))
+                parameters = {name: value.to(device) for name, value in stored.items()}
+            mixer = mixer_of(student.config, parameters)
+            matrix = parameters[f"{mixer.prefix}o.weight"].float().T
+            rest = None if _same_rest(theirs, own) else own
+            own.kda = own.mla = None
+            yield HybridLayer(theirs, mixer, matrix, rest=rest)
+
+    ends = Ends(teacher.embedding(), teacher.head())
+    own = Ends(student.embedding(), student.head())
+    same = all(same_weights(*pair) for pair in ((ends.embed, own.embed), (ends.head, own.head)))
+    same = same and same_weights(ends.head.norm, own.head.norm)
+    return Hybrid(ends, layers(), own=None if same else own, ranks=ranks)
+
+
+def _same_rest(theirs: DecoderLayer, own: DecoderLayer) -> bool:
+    """Say whether norms and feed-forward are the same."""
+    pairs = (
+        (theirs.input_norm, own.input_norm),
+        (theirs.mlp_norm, own.mlp_norm),
+        (theirs.mlp or theirs.moe, own.mlp or own.moe),
+    )
+    return all(a is not None and b is not None and same_weights(a, b) for a, b in pairs)
