@@ -33,8 +33,7 @@ _RATE = 2e-3
 _WARM_UP = 100
 _LONGEST = 24  # tokens that are copied at once, but at most a quarter of the sequence
 _COPIED = 0.7  # share of segments that are copies
-_SHORT = 32  # tokens; looking up is learned on short sequences first
-_SHORT_SHARE = 0.4  # of all steps
+_SHORT = 32  # tokens of the shortest sequence; looking up is learned on short ones first
 _CALIBRATION_ROWS, _HELDOUT_ROWS = 1200, 128
 _CONFIG = {
     "model_type": "deepseek_v3",
@@ -95,18 +94,14 @@ def trained_teacher(steps: int, length: int, seed: int) -> MlaTransformer:
     torch.manual_seed(seed)
     config = parse_config(_CONFIG)
     model = MlaTransformer(config, SERVED, dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        else:
-            torch.nn.init.ones_(parameter)
+    _initialise(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        now = _SHORT if step < _SHORT_SHARE * steps else length
+        now = _number(_SHORT, max(_SHORT, length) + 1, generator)
         tokens = copying_rows(_BATCH_TOKENS // now, now + 1, generator)
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -117,6 +112,18 @@ def trained_teacher(steps: int, length: int, seed: int) -> MlaTransformer:
         if step % 100 == 0 or step == steps - 1:
             sys.stderr.write(f"step {step}: loss {loss.item():.3f}\n")
     return model
+
+
+def _initialise(model: MlaTransformer) -> None:
+    """Draw weights so that the stream begins as the tokens, to which each layer adds little."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            torch.nn.init.ones_(parameter)
+            continue
+        std = 1.0 if name.startswith("embed.") else parameter.shape[-1] ** -0.5
+        added = name.endswith(("mla.o.weight", "mlp.down.weight"))
+        small = (2 * model.config.num_layers) ** -0.5 if added else 1.0
+        torch.nn.init.normal_(parameter, std=small * std)
 
 
 def write_teacher(model: MlaTransformer, folder: Path) -> None:

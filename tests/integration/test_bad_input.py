@@ -75,17 +75,50 @@ def test_plan_refuses_what_convert_refuses(source, capsys, break_it):
     assert code == error["exit_code"] == 3
 
 
-@pytest.mark.parametrize("name", ["no-such-file.jsonl", "text.csv", "broken.jsonl"])
+BAD_TEXTS = {
+    "broken.jsonl": (b"{", "not valid JSON"),
+    "empty.jsonl": (b"", "no documents"),
+    "latin-1.txt": (b"price: 5 \xa3", "UTF-8"),
+    "text.csv": (b"a,b", ".jsonl"),
+    "no-such-file.jsonl": (None, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
 def test_bad_calibration_text_is_refused_before_a_weight_is_read(
     source, tmp_path, capsys, monkeypatch, name
 ):
     monkeypatch.setattr(fitted, "check_source_values", no_fit)
-    (tmp_path / "broken.jsonl").write_text("{")
-    text = tmp_path / name
+    content, said = BAD_TEXTS[name]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    text = folder / name
     code, error = error_of(capsys, "convert", source, tmp_path / "out", "--calibration", text)
     assert code == 3
     assert str(text) in error["where"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "source"]
+    assert said in f"{error['message']} {error['expected']} {error['found']}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "texts"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("Too short for any recipe.", ("too little text", "131072 tokens")),
+        ("ᛗᛁ " * 40_000, ("does not know", "bytes")),
+    ],
+    ids=["short", "script"],
+)
+def test_text_that_cannot_be_fitted_to_says_what_is_needed_and_leaves_nothing(
+    source, tmp_path, capsys, content, said
+):
+    text = tmp_path / "text.txt"
+    text.write_text(content, encoding="utf-8")
+    code, error = error_of(capsys, "convert", source, tmp_path / "out", "--calibration", text)
+    assert (code, error["type"], error["where"]) == (3, "CalibrationError", str(text))
+    assert all(part in f"{error['message']} {error['expected']}" for part in said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "model.safetensors"])

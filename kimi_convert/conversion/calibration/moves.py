@@ -2,8 +2,8 @@
 
 A move gives whole mixers, each with one option set in all heads; the search takes a head's part
 from whichever option serves it best. Features with large gains before SiLU are nearly positive,
-and positive features average where signed ones cancel; gains, shifts along the constant row and
-mirrored bases are all ways to have more or less of that.
+and positive features average where signed ones cancel (docs/calibration.md, Search, has what that is
+worth); gains, shifts along the constant row and mirrored bases are ways to have more or less of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """flash-linear-attention's KDA layer on a GPU, in our model: the mixers are its, all else is ours, in plain torch.
 
 In fp32. Its kernels multiply fp32 in TF32 by themselves, whose 10 bits would need a bound of their
-own: they are told to multiply what they are given. What was compiled otherwise is not used.
+own: they are told to multiply what they are given. What was compiled otherwise is not used. Nor are
+they tuned, which takes minutes: every choice of tiles computes the same.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def trace_with_fla(request: OracleRequest) -> dict[str, Trace]:
     folder = Path(request.folder)
     with TemporaryDirectory(prefix="kimi-convert-fla-") as compiled:
         _multiply_in_fp32(compiled)
+        _take_the_first_tiles()
         greedy = None
         if request.new_tokens:
             greedy = continue_greedily(folder, request.prompt, request.new_tokens, _run())
@@ -81,6 +83,13 @@ def _multiply_in_fp32(compiled: str) -> None:
     ieee = triton.language.constexpr("ieee")
     vars(import_module("fla.ops.kda.chunk_intra"))["SOLVE_TRIL_DOT_PRECISION"] = ieee
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _take_the_first_tiles() -> None:
+    """Have no kernel tried out in all the shapes of tiles that it is written for."""
+    tuner = import_module("triton.runtime.autotuner").Autotuner
+    every = tuner.prune_configs
+    tuner.prune_configs = lambda kernel, arguments: every(kernel, arguments)[:1]
 
 
 if __name__ == "__main__":
