@@ -131,7 +131,7 @@ class _Training:
         rows = StepRows(self.given.tokens, rows_per_step=size, seed=self.given.seed)
         look_every = max(1, steps // _LOOKS)
         for step in range(len(state.losses), steps):
-            self.on_progress(ProgressEvent(_STAGE, step, steps, "steps"))
+            self.on_progress(ProgressEvent(_STAGE, step, steps, "steps", state.last_look))
             self._step(step, ranks.share(rows.of(step)).to(device))
             done = step + 1
             if done % look_every == 0 or done == steps:
