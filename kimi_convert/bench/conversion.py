@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from kimi_convert.bench.conversion_peers import measure_peers
+from kimi_convert.bench.conversion_peers import measure_peers, measure_written
 from kimi_convert.bench.process_cost import Cost, run_measured
 from kimi_convert.bench.released_shapes import MODELS, write_shaped_checkpoint
 from kimi_convert.errors import KimiConvertError, ResourceError
@@ -97,14 +97,20 @@ def measure_beside_peers(folder: Path, options: argparse.Namespace) -> dict[str,
     """Rewrite the same bytes with other programs."""
     document = {**MODELS["moonlight"], "num_hidden_layers": options.layers}
     source = write_shaped_checkpoint(folder / "source", document, filled_bytes=_WHOLE)
-    ours = _removing(folder / "output", _convert(source, folder / "output"))
-    costs = {"kimi-convert": ours, **measure_peers(source, folder / "output", options.mergekit)}
+    output = folder / "output"
+    ours = measure_written(_convert(source, output), output)
+    costs = {"kimi-convert": ours, **measure_peers(source, output, options.mergekit)}
     nbytes = sum(path.stat().st_size for path in source.iterdir())
     return {
         "source_bytes": nbytes,
         "programs": {
-            name: {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
-            for name, cost in costs.items()
+            name: {
+                "seconds": cost.seconds,
+                "processor_seconds": cost.processor_seconds,
+                "peak_bytes": cost.peak_bytes,
+                "written_bytes": written,
+            }
+            for name, (cost, written) in costs.items()
         },
     }
 

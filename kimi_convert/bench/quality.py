@@ -1,7 +1,7 @@
 """Compare what hybrids start from, on held-out text: `python -m kimi_convert.bench.quality`.
 
     [--teacher DIR] [--calibration FILE] [--heldout FILE] [--device cuda] [--seeds N]
-    [--align STEPS ...] [--distill TOKENS] [--rate RATE] [--step-tokens N]
+    [--align STEPS ...] [--distill TOKENS] [--rate RATE] [--step-tokens N] [--written TOKENS]
     [--only PATTERN ...] [--processes N]
     [--json FILE]
 
@@ -63,7 +63,10 @@ def _run(given: argparse.Namespace) -> Results:
         results.teacher_loss = teacher_loss
         results.add(name, run)
     training = DistillRecipe(
-        tokens=given.distill, tokens_per_step=given.step_tokens, learning_rate=given.rate
+        tokens=given.distill,
+        tokens_per_step=given.step_tokens,
+        learning_rate=given.rate,
+        written_tokens=given.written,
     )
     all_stages = stages(given.align, training)
     jobs = [
@@ -101,6 +104,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     usual = DistillRecipe()
     parser.add_argument("--rate", type=float, default=usual.learning_rate)
     parser.add_argument("--step-tokens", type=int, default=usual.tokens_per_step)
+    parser.add_argument("--written", type=int, default=usual.written_tokens, metavar="TOKENS")
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)

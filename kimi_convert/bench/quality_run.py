@@ -151,4 +151,5 @@ class StageClock:
         self._last = now
         if now - self._told > _TOLD_EVERY:
             self._told = now
-            sys.stderr.write(f"{self._name}: {event.stage}, {event.done} of {event.total}\n")
+            done = f"{event.done} of {event.total} {event.detail}"
+            sys.stderr.write(f"{self._name}: {event.stage}, {done}\n")

@@ -16,11 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kimi_convert.checkpoints.mapping import Entry, Storage
-from kimi_convert.checkpoints.output import CONFIG_FILE
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.architecture import ModelConfig
-from kimi_convert.config.huggingface import parse_config
+from kimi_convert.config.huggingface import CONFIG_FILE, parse_config
 from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, fp8_quantization
 from kimi_convert.model.names.layout import expected_entries
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion.memory import use_one_heap
 from kimi_convert.conversion.plan import plan_conversion
 from kimi_convert.conversion.shard_job import ShardJob, shard_jobs, write_shard
 
@@ -20,6 +21,7 @@ _SHARD_BYTES = 10**9
 
 def write_sample(source: Path, output: Path) -> dict[str, object]:
     """Write the fewest files that cover every operation on every shape; return what was done."""
+    use_one_heap()
     plan = plan_conversion(source, Recipe(), max_shard_bytes=_SHARD_BYTES)
     output.mkdir()
     jobs = _covering(shard_jobs(plan, None, output.joinpath))

@@ -24,9 +24,10 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kimi_convert.checkpoints.disk import disk_errors, free_bytes, sync_folder, write_all
+from kimi_convert.checkpoints.disk import disk_errors, free_bytes, write_all
 from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
 from kimi_convert.checkpoints.messages import listed, quoted, sized
+from kimi_convert.checkpoints.placing import in_order_of_moving, move_into_place
 from kimi_convert.checkpoints.regular_file import chunks_of, open_regular
 from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan
 from kimi_convert.checkpoints.staging import LOCK_FILE, Staging, claim_folder
@@ -39,8 +40,6 @@ from kimi_convert.errors import (
     ResourceError,
     VerificationError,
 )
-
-CONFIG_FILE = "config.json"
 
 
 class Output:
@@ -229,34 +228,15 @@ class Output:
         """Rename every file into place, the index last; on failure take all of them back."""
         if self._shards and INDEX_FILE not in self._others:
             raise VerificationError("weights were written without an index", where=self.folder)
-        names = [*sorted(self._shards), *sorted(self._others, key=_commit_order)]
+        names = [*sorted(self._shards), *in_order_of_moving(self._others)]
         appeared = [name for name in names if os.path.lexists(self.folder / name)]
         if appeared:
             raise OutputError(
                 "files appeared in the output folder", where=self.folder, found=listed(appeared)
             )
-        begun: list[Path] = []
         if self._journal is not None:
             self._journal.moving(names)
-        try:
-            with disk_errors(self.folder, doing="move the finished files into place"):
-                for name in names:
-                    begun.append(self.folder / name)
-                    (self._staging.path / name).rename(self.folder / name)
-                sync_folder(self.folder)
-                for created in self._staging.created:
-                    sync_folder(created.parent)
-        except BaseException:
-            for path in reversed(begun):
-                self._take_back(path)
-            raise
-
-    def _take_back(self, path: Path) -> None:
-        try:
-            if os.path.lexists(path):
-                path.rename(self._staging.path / path.name)
-        except OSError:
-            path.unlink(missing_ok=True)
+        move_into_place(self._staging, names)
 
     def _write(self, name: str, chunks: Iterator[memoryview], *, nbytes: int) -> WrittenFile:
         path = self.path_of(name)
@@ -313,7 +293,3 @@ def open_output(
         output.give_up()
         raise
     staging.close()
-
-
-def _commit_order(name: str) -> int:
-    return (CONFIG_FILE, INDEX_FILE).index(name) + 1 if name in (CONFIG_FILE, INDEX_FILE) else 0

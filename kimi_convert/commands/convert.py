@@ -122,6 +122,7 @@ def convert(
     """
     from kimi_convert.checkpoints.byte_size import parse_byte_size
     from kimi_convert.conversion import convert_checkpoint
+    from kimi_convert.conversion.memory import use_one_heap
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen = _recipe(recipe, layers=layers, align=align, distill=distill, no_text=no_text)
@@ -132,6 +133,8 @@ def convert(
         plan = plan_source(source, chosen, limit=limit, output_format=output_format)
         output.show(plan, lambda: plan_report(plan))
         return
+    if chosen.calibration is None:  # a fit has threads of its own, which allocate all the time
+        use_one_heap()
     runner = _runner(jobs, engine)
     how = partial(open_streamed, output=output_folder) if discard else open_whole
     with (

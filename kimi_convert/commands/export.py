@@ -45,8 +45,10 @@ def safetensors(
 ) -> None:
     """Write a checkpoint again: in files of another size, in another dtype."""
     from kimi_convert.checkpoints.byte_size import parse_byte_size
+    from kimi_convert.conversion.memory import use_one_heap
     from kimi_convert.exporters.safetensors import export_safetensors
 
+    use_one_heap()
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     with output.progress() as on_progress:
         result = export_safetensors(

@@ -25,7 +25,7 @@ from kimi_convert.config.output_format import AS_SOURCE, MtpLayers, OutputFormat
 if TYPE_CHECKING:
     from kimi_convert.config.recipe import Recipe
     from kimi_convert.conversion import ConversionPlan
-    from kimi_convert.conversion.plan import TensorTask
+    from kimi_convert.conversion.tasks import TensorTask
 
 EXAMPLE = "kimi-convert plan ./Moonlight-16B-A3B --recipe recipe.toml"
 _SHOWN_TARGETS = 4

@@ -61,10 +61,13 @@ class DistillRecipe:
     tokens: int = 0
     tokens_per_step: int = 8192
     learning_rate: float = 1e-3
+    written_tokens: int = 0  # that the teacher writes, and that are drawn from beside the text
 
     def __post_init__(self) -> None:
         """Refuse numbers that no training can use."""
-        _require(0 <= self.tokens <= 2**40, "distill.tokens", "0 to 2^40", self.tokens)
+        for name in ("tokens", "written_tokens"):
+            amount = getattr(self, name)
+            _require(0 <= amount <= 2**40, f"distill.{name}", "0 to 2^40", amount)
         _require(
             1 <= self.tokens_per_step <= 2**24,
             "distill.tokens_per_step",
@@ -180,6 +183,7 @@ def read_calibration(
             tokens=distill.integer("tokens", default=whole.tokens),
             tokens_per_step=distill.integer("tokens_per_step", default=whole.tokens_per_step),
             learning_rate=distill.number("learning_rate", default=whole.learning_rate),
+            written_tokens=distill.integer("written_tokens", default=whole.written_tokens),
         ),
     )
 

@@ -16,10 +16,10 @@ import torch
 
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.hashing import sha256_of_file
-from kimi_convert.checkpoints.output import CONFIG_FILE, open_output
+from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.config.architecture import ModelConfig
-from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.huggingface import CONFIG_FILE, read_config
 from kimi_convert.config.progress import ProgressCallback, ignore_progress
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.config.target_format import TargetFormat

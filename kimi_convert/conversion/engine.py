@@ -16,9 +16,9 @@ from pathlib import Path
 
 from kimi_convert import __version__
 from kimi_convert.checkpoints.hashing import sha256_of_file
-from kimi_convert.checkpoints.output import CONFIG_FILE, Output, open_output
+from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
-from kimi_convert.config.huggingface import config_to_json
+from kimi_convert.config.huggingface import CONFIG_FILE, config_to_json
 from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent, ignore_progress
 from kimi_convert.config.recipe import Recipe

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.conversion.plan import ConversionPlan, TensorTask
+from kimi_convert.conversion.plan import ConversionPlan
+from kimi_convert.conversion.tasks import TensorTask
 from kimi_convert.errors import ResourceError
 
 # Python, torch and their libraries, and what is read, hashed and written at once: 0.31 to 0.44 GB
 # measured.
 PROCESS_BYTES = 450 * 10**6
+_M_ARENA_MAX = -8  # of malloc.h
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; where there is none, the machine's memory counts
 
@@ -58,6 +61,17 @@ def require_free_memory(
             found=f"{sized(free)} free",
             hint=hint,
         )
+
+
+def use_one_heap() -> None:
+    """Let all threads of this process allocate from one heap, before the first of them begins.
+
+    By default each has its own, and keeps there what it has freed: 0.2 GB of a large conversion.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    except (OSError, AttributeError):  # not the GNU C library: nothing to set
+        return
 
 
 def free_memory_bytes() -> int | None:

@@ -6,49 +6,30 @@ made by exactly one rule. A plan is data; `engine` carries it out. No torch, no 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kimi_convert.checkpoints.dtypes import DTYPES
 from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
-from kimi_convert.checkpoints.mapping import Dropped, Entry, Storage
-from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
-from kimi_convert.checkpoints.weight_reader import decoding_bytes, quantizing_bytes
+from kimi_convert.checkpoints.mapping import Dropped
+from kimi_convert.checkpoints.shard_plan import ShardPlan, plan_shards
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.config.output_format import AS_SOURCE, OutputFormat, TargetDtype
-from kimi_convert.config.quantization import FP8_SCALE_SUFFIX, FP8_TILE, Encoding, Quantization
+from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
 from kimi_convert.config.recipe import Recipe, default_recipe
-from kimi_convert.config.target_format import TargetFormat
-from kimi_convert.conversion.rules import LING_RULES, RULES, Op, Rule, is_solved, is_trained
+from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
+from kimi_convert.conversion.task_memory import task_bytes
+from kimi_convert.conversion.tasks import TensorTask, as_stored, tensor_tasks
 from kimi_convert.errors import MappingError
 from kimi_convert.model.names.layout import (
     MatchedCheckpoint,
-    expected_entries,
-    layout_of,
     match_checkpoint,
-    mtp_tensors,
 )
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
-_FP32_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorTask:
-    """One target tensor: what it is made from, and how."""
-
-    tensor: PlannedTensor
-    param: str
-    op: Op
-    sources: tuple[str, ...]  # names of weights of the source
-    layer_idx: int | None
-    part: int = 0  # of a tensor stored in several: 0 the values, 1 their scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +88,7 @@ class ConversionPlan:
 
     def working_bytes(self, tasks: Iterable[TensorTask]) -> int:
         """Return the bytes of tensors in memory at once while these are made, at most."""
-        return max((_task_bytes(task, self.weights) for task in tasks), default=0)
+        return max((task_bytes(task, self.weights) for task in tasks), default=0)
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `plan --json` prints."""
@@ -174,10 +155,7 @@ def _plan(
     target = target_config(source_config, replace(recipe, choose_layers=False), output_format)
     index = open_index(source)
     matched = match_checkpoint(source_config, index.tensors.values(), where=source)
-    made = (
-        *_tasks(source_config, target, matched, recipe),
-        *_mtp_tasks(source_config, target, matched),
-    )
+    made = tensor_tasks(source_config, target, matched, recipe)
     weights = {
         weight.name: weight for weight in (*matched.weights.values(), *matched.unread.values())
     }
@@ -202,132 +180,8 @@ def _plan(
     )
 
 
-def _tasks(
-    source: ModelConfig,
-    target: ModelConfig,
-    matched: MatchedCheckpoint,
-    recipe: Recipe,
-) -> Iterator[TensorTask]:
-    rules = _RuleBook(source, _rules_of(recipe.output_format))
-    weights = dict(matched.weights)
-    if source.tie_word_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
-    for entry in expected_entries(target):
-        rule = rules.rule_for(entry)
-        sources = tuple(weights[param] for param in rules.sources_of(rule, entry))
-        yield TensorTask(
-            tensor=PlannedTensor(entry.name, _dtype(entry, rule, sources, matched), entry.shape),
-            param=entry.param,
-            op=Op.FITTED if _is_fitted(rule, recipe) else rule.op,
-            sources=tuple(weight.name for weight in sources),
-            layer_idx=entry.layer_idx,
-        )
-
-
-def _mtp_tasks(
-    source: ModelConfig, target: ModelConfig, matched: MatchedCheckpoint
-) -> Iterator[TensorTask]:
-    """Give what is carried over of MTP layers, where the target keeps them."""
-    if not target.num_mtp_layers:
-        return
-    tensors = mtp_tensors(source, target)
-    for weight in matched.unread.values():
-        if weight.name in tensors:
-            param, name = tensors[weight.name]
-            tensor = PlannedTensor(name, weight.dtype, weight.shape)
-            yield TensorTask(
-                tensor=tensor, param=param, op=Op.COPY, sources=(weight.name,), layer_idx=None
-            )
-
-
-def as_stored(
-    tasks: Iterable[TensorTask], weights: Mapping[str, Weight], dtype: TargetDtype
-) -> Iterator[TensorTask]:
-    """Say of every tensor that is carried over how it gets from its format to the target's."""
-    for task in tasks:
-        weight = weights[task.sources[0]] if task.op is Op.COPY else None
-        if weight is None:
-            yield task
-        elif dtype is TargetDtype.FP8 and _is_feed_forward_matrix(task):
-            yield from _fp8_tasks(task, weight)
-        else:
-            plain = weight.quantization is None
-            yield task if plain else replace(task, op=Op.DEQUANTIZE)
-
-
-def _is_feed_forward_matrix(task: TensorTask) -> bool:
-    """Tell what is worth quantising: nearly all of a large model, and no router and no norm."""
-    return task.param.rpartition(".")[0].endswith((".gate", ".up", ".down"))
-
-
-def _fp8_tasks(task: TensorTask, weight: Weight) -> Iterator[TensorTask]:
-    """Give the values and their scales: as they are stored, or made."""
-    tile = FP8_TILE
-    same = Quantization(Encoding.FP8_BLOCK, tile, tile)
-    copied = weight.quantization == same and weight.stored[1].dtype == "F32"
-    op = Op.COPY if copied else Op.QUANTIZE
-    rows, columns = task.tensor.shape
-    scales = (-(-rows // tile), -(-columns // tile))
-    name = task.tensor.name
-    yield replace(task, tensor=PlannedTensor(name, "F8_E4M3", (rows, columns)), op=op)
-    tensor = PlannedTensor(name + FP8_SCALE_SUFFIX, "F32", scales)
-    yield replace(task, tensor=tensor, op=op, part=1)
-
-
-def _rules_of(form: TargetFormat) -> tuple[Rule, ...]:
-    tables = {TargetFormat.KIMI_LINEAR: RULES, TargetFormat.BAILING_HYBRID: LING_RULES}
-    return tables[form]
-
-
-def _is_fitted(rule: Rule, recipe: Recipe) -> bool:
-    """Tell whether a parameter comes from the calibration."""
-    fitted = recipe.calibration
-    if fitted is None:
-        return False
-    return is_trained(rule) if fitted.trains else is_solved(rule)
-
-
-class _RuleBook:
-    """Finds the one rule of a target tensor, and fills in its layer and expert."""
-
-    def __init__(self, source: ModelConfig, rules: tuple[Rule, ...]) -> None:
-        self._layers: Mapping[str, frozenset[int]] = {
-            name: frozenset(layers) for name, layers in layout_of(source).layers.items()
-        }
-        self._by_target: dict[str, list[Rule]] = {}
-        for rule in rules:
-            self._by_target.setdefault(rule.target, []).append(rule)
-
-    def rule_for(self, entry: Entry) -> Rule:
-        """Return the rule whose layer set holds the tensor's layer."""
-        found = [
-            rule
-            for rule in self._by_target.get(entry.template, ())
-            if entry.layer_idx is None or entry.layer_idx in self._layers[rule.where]
-        ]
-        if len(found) != 1:
-            raise MappingError(f"{len(found)} rules make the parameter {entry.param!r}, not one")
-        return found[0]
-
-    def sources_of(self, rule: Rule, entry: Entry) -> tuple[str, ...]:
-        """Return the rule's sources for the layer and expert of the tensor."""
-        return tuple(entry.fill(source) for source in rule.sources)
-
-
 def _by_place(weight: Weight) -> tuple[str, int]:
     return weight.stored[0].shard, weight.stored[0].start
-
-
-def _dtype(
-    entry: Entry, rule: Rule, sources: tuple[Weight, ...], matched: MatchedCheckpoint
-) -> str:
-    """Return the stored dtype: the source's for what is made from one, else the layer's."""
-    if entry.storage is Storage.FP32:
-        return "F32"
-    if sources:
-        # The last source is the matrix that the target replaces, except for `o`, which is first.
-        return sources[0 if rule.op in (Op.COPY, Op.SCALE_OUTPUT) else -1].dtype
-    return matched.weights[f"layers.{entry.layer_idx}.mla.o.weight"].dtype
 
 
 def _check_all_read(matched: MatchedCheckpoint, tasks: tuple[TensorTask, ...]) -> None:
@@ -336,33 +190,3 @@ def _check_all_read(matched: MatchedCheckpoint, tasks: tuple[TensorTask, ...]) -
     unread = sorted({weight.name for weight in matched.weights.values()} - used)
     if unread:
         raise MappingError(f"no rule reads {len(unread)} tensors, the first {unread[0]!r}")
-
-
-def _task_bytes(task: TensorTask, weights: Mapping[str, Weight]) -> int:
-    """Return the bytes of one task's tensors, at the worst of its moments.
-
-    Sources are read and widened one after the other; then a transform makes its result; then the
-    sources are let go, and the result is narrowed.
-    """
-    sources = [weights[name] for name in task.sources]
-    if task.op in (Op.COPY, Op.DEQUANTIZE):
-        return decoding_bytes(sources[0])
-    if task.op is Op.QUANTIZE:
-        return quantizing_bytes(sources[0])
-    made = math.prod(task.tensor.shape)
-    narrowing = made * (_FP32_BYTES + DTYPES[task.tensor.dtype].width_bytes)
-    if task.op is Op.FITTED:
-        return narrowing
-    sizes = [math.prod(weight.shape) for weight in sources]
-    wide = sum(sizes) * _FP32_BYTES
-    reading = max(map(decoding_bytes, sources), default=0)
-    # The power of a folded matrix holds its rows, scaled, and two products of their size; a fold
-    # its rows and those scaled; an output is not folded, and is scaled where it is. Random numbers
-    # are drawn, then scaled.
-    if task.op is Op.SCALE_OUTPUT:
-        making = 4 * max(sizes[1:])
-    elif task.op in (Op.FOLD_QUERY, Op.FOLD_KEY, Op.FOLD_VALUE):
-        making = 2 * max(sizes) + made
-    else:
-        making = 4 * max(sizes, default=made // 4) + made
-    return max(wide + max(reading, making * _FP32_BYTES), narrowing)

@@ -11,13 +11,14 @@ import torch
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
-from kimi_convert.checkpoints.output import CONFIG_FILE, Output
+from kimi_convert.checkpoints.output import Output
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
 from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
+from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.provenance import carried_files
 from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint

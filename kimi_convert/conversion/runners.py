@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from kimi_convert.checkpoints.reader import ShardProvider
+from kimi_convert.conversion.memory import use_one_heap
 from kimi_convert.conversion.shard_job import (
     PART_SUFFIX,
     ShardJob,
@@ -238,6 +239,7 @@ def _answered(pool: Sequence[_Process]) -> list[_Process]:
 def _serve(pipe: Connection[object, ShardJob | None]) -> None:
     """Run jobs until the other side is gone. An interrupt is the other side's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    use_one_heap()
     while True:
         try:
             job = pipe.recv()

@@ -33,9 +33,10 @@ from kimi_convert.config.quantization import FP8_TILE
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration.report import CalibrationReport
 from kimi_convert.conversion.memory import memory_bytes
-from kimi_convert.conversion.plan import ConversionPlan, TensorTask
+from kimi_convert.conversion.plan import ConversionPlan
 from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
+from kimi_convert.conversion.tasks import TensorTask
 from kimi_convert.conversion.transforms import TRANSFORMS, Job
 from kimi_convert.errors import CheckpointError
 

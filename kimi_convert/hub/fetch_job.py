@@ -17,8 +17,8 @@ from kimi_convert.checkpoints.disk import disk_errors, free_bytes
 from kimi_convert.checkpoints.messages import sized
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import OutputError, ResourceError
+from kimi_convert.hub.listing import RemoteFile
 from kimi_convert.hub.places import LAST_FILES, FolderPlace, Place
-from kimi_convert.hub.remote import RemoteFile
 from kimi_convert.hub.selection import Selection
 from kimi_convert.hub.transfer import Digest, StoppedError, Transfer, hash_file
 

@@ -19,7 +19,8 @@ from kimi_convert.checkpoints.safetensors_header import LENGTH_BYTES, parse_leng
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.hub.failures import call
-from kimi_convert.hub.remote import Remote, RemoteFile, Snapshot
+from kimi_convert.hub.listing import RemoteFile
+from kimi_convert.hub.remote import Remote, Snapshot
 from kimi_convert.hub.selection import shard_files
 from kimi_convert.hub.transfer import Transfer
 

@@ -9,9 +9,10 @@ from typing import cast
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.origin import ORIGIN_FILE
 from kimi_convert.errors import HubError
+from kimi_convert.hub.listing import RemoteFile
 from kimi_convert.hub.places import FolderPlace, cache_folder, file_of
 from kimi_convert.hub.reference import Reference, is_commit
-from kimi_convert.hub.remote import RemoteFile, Snapshot
+from kimi_convert.hub.remote import Snapshot
 
 _GO_ONLINE = "Unset HF_HUB_OFFLINE and download it once."
 

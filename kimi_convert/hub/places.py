@@ -23,8 +23,9 @@ from kimi_convert.checkpoints.disk import disk_errors
 from kimi_convert.checkpoints.origin import ORIGIN_FILE, read_origin
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.huggingface import CONFIG_FILE
+from kimi_convert.hub.listing import RemoteFile
 from kimi_convert.hub.reference import is_commit
-from kimi_convert.hub.remote import RemoteFile, Snapshot
+from kimi_convert.hub.remote import Snapshot
 
 # Without these no loader takes the folder: they come last.
 LAST_FILES = (CONFIG_FILE, INDEX_FILE)

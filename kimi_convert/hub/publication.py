@@ -19,9 +19,10 @@ from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.config.progress import ProgressCallback
 from kimi_convert.errors import HubError, OutputError, VerificationError
 from kimi_convert.hub.failures import NETWORK_ERRORS, call, hub_error
+from kimi_convert.hub.listing import RemoteFile
 from kimi_convert.hub.publish_plan import PublishPlan, differences, foreign_changes
 from kimi_convert.hub.reference import DEFAULT_REVISION
-from kimi_convert.hub.remote import Remote, RemoteFile
+from kimi_convert.hub.remote import Remote
 from kimi_convert.hub.upload import upload_contents
 
 _LOOKS_AFTER_MERGE = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kimi_convert.checkpoints.manifest import ABOUT_FILES, HashedFile
 from kimi_convert.checkpoints.weight_map import SHARD_SUFFIX
-from kimi_convert.hub.remote import RemoteFile
+from kimi_convert.hub.listing import RemoteFile
 
 _INDEX_SUFFIX = f"{SHARD_SUFFIX}.index.json"
 

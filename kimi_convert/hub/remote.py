@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,32 +23,18 @@ from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
 
 from kimi_convert import __version__
 from kimi_convert.checkpoints.messages import sized
-from kimi_convert.errors import HubError, InputError, VerificationError
+from kimi_convert.errors import HubError, VerificationError
 from kimi_convert.hub.failures import RetryPolicy, StatusError, call
+from kimi_convert.hub.listing import RemoteFile, files_of, senseless
 from kimi_convert.hub.reference import Reference
 
 DEFAULT_POLICY = RetryPolicy()
 _LIBRARY = "kimi-convert"
 _MAX_REDIRECTS = 5
+_MAX_PAGES = 1000  # of 1000 entries each
 _OK = 200
-_NO_FILES = ("directory", "submodule")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _TIMEOUT = httpx2.Timeout(10.0, read=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """One file of a commit, as the repository lists it."""
-
-    path: str
-    nbytes: int
-    git_sha1: str  # of the content, or of the LFS pointer
-    sha256: str | None  # of the content; None for small files, which git holds
-
-    @property
-    def etag(self) -> str:
-        """What the file is called where content gives the name."""
-        return self.sha256 or self.git_sha1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +95,12 @@ class Remote:
         entries: list[object] = []
         seen: set[str] = set()
         while url is not None:
-            if url in seen:
+            if url in seen or len(seen) == _MAX_PAGES:
                 raise HubError("the Hub's list has no end", where=what, hint="Check HF_ENDPOINT.")
             seen.add(url)
             page, url = call(partial(self._page, url, what), what=what, policy=self.policy)
             entries += page
-        return _files(entries, where=repository)
+        return files_of(entries, where=repository)
 
     def _page(self, url: str, what: str) -> tuple[list[object], str | None]:
         """Return one page of a list, and where the next one is."""
@@ -126,10 +112,19 @@ class Remote:
         try:
             found: object = json.loads(data)
         except ValueError as error:
-            raise _senseless(what, error) from error
+            raise senseless(what, error) from error
         if not isinstance(found, list):
-            raise _senseless(what, type(found).__name__)
-        return cast("list[object]", found), next_page and urljoin(url, next_page)
+            raise senseless(what, type(found).__name__)
+        next_url = urljoin(url, next_page) if next_page else None
+        if next_url and not _as_safe(next_url, url):
+            raise HubError(
+                "the Hub's list goes on at an address that is not safe",
+                where=what,
+                expected="https, or as HF_ENDPOINT",
+                found=ascii(next_url)[:120],
+                hint="Check HF_ENDPOINT and the proxy.",
+            )
+        return cast("list[object]", found), next_url
 
     @contextmanager
     def stream(
@@ -179,7 +174,7 @@ class Remote:
                 target = urljoin(url, response.headers["Location"])
             if _origin(target) != _origin(url):
                 headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
-            if _origin(target)[0] not in ("https", _origin(url)[0]):
+            if not _as_safe(target, url):
                 break
             url = target
         raise HubError(
@@ -203,50 +198,6 @@ def connect() -> Remote:
             "HF_ENDPOINT is not the address of a Hub", expected="such as https://huggingface.co"
         )
     return Remote(endpoint, DEFAULT_POLICY)
-
-
-def _files(entries: Iterable[object], *, where: str) -> dict[str, RemoteFile]:
-    files: dict[str, RemoteFile] = {}
-    for entry in entries:
-        fields = _object(entry)
-        if fields.get("type") in _NO_FILES:
-            continue
-        file = _file(fields)
-        if file is None:
-            raise _senseless(where, fields.get("path"))
-        files[file.path] = file
-    return files
-
-
-def _file(fields: Mapping[str, object]) -> RemoteFile | None:
-    """Return a file as the repository lists it, or None if that makes no sense."""
-    path, git_sha1, lfs = fields.get("path"), fields.get("oid"), _object(fields.get("lfs"))
-    size, sha256 = lfs.get("size", fields.get("size")), lfs.get("oid")
-    if (
-        isinstance(path, str)
-        and type(size) is int
-        and size >= 0
-        and isinstance(git_sha1, str)
-        and re.fullmatch(r"[0-9a-f]{40}", git_sha1)
-        and (sha256 is None or isinstance(sha256, str))
-        and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", sha256))
-    ):
-        return RemoteFile(path, size, git_sha1, sha256)
-    return None
-
-
-def _object(value: object) -> dict[str, object]:
-    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
-
-
-def _senseless(where: str, found: object) -> InputError:
-    return InputError(
-        "the repository's listing does not make sense",
-        where=where,
-        expected="a size and a hash for each file",
-        found=ascii(found)[:120],
-        hint="Check HF_ENDPOINT: this may not be a Hub.",
-    )
 
 
 def _check(
@@ -285,6 +236,11 @@ def _check(
             found=sized(size),
             hint="Check HF_ENDPOINT and the proxy, and run again.",
         )
+
+
+def _as_safe(target: str, url: str) -> bool:
+    """Tell whether an address that was named by another is at least as safe."""
+    return _origin(target)[0] in ("https", _origin(url)[0])
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

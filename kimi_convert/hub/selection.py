@@ -16,7 +16,8 @@ from kimi_convert.checkpoints.manifest import ABOUT_FILES, SMALL_CONTENT_FILES
 from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.checkpoints.weight_map import INDEX_FILE, parse_weight_map
 from kimi_convert.errors import CheckpointError
-from kimi_convert.hub.remote import RemoteFile, Snapshot
+from kimi_convert.hub.listing import RemoteFile
+from kimi_convert.hub.remote import Snapshot
 
 _SMALL_FILES = (*SMALL_CONTENT_FILES, *ABOUT_FILES)
 _MAX_PATH_BYTES = 1024

@@ -25,9 +25,10 @@ from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.errors import OutputError, ResourceError
 from kimi_convert.hub.headers import write_headers
+from kimi_convert.hub.listing import RemoteFile
 from kimi_convert.hub.places import origin_text
 from kimi_convert.hub.reference import Reference
-from kimi_convert.hub.remote import RemoteFile, Snapshot, connect
+from kimi_convert.hub.remote import Snapshot, connect
 from kimi_convert.hub.transfer import Transfer
 
 WORK_SUFFIX = ".source"

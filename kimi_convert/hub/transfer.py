@@ -20,7 +20,8 @@ from kimi_convert.checkpoints.messages import sized
 from kimi_convert.checkpoints.regular_file import open_regular, read_into
 from kimi_convert.errors import CheckpointError, HubError, VerificationError
 from kimi_convert.hub.failures import NETWORK_ERRORS, hub_error, may_pass, retry_after_s
-from kimi_convert.hub.remote import Remote, RemoteFile, Snapshot
+from kimi_convert.hub.listing import RemoteFile
+from kimi_convert.hub.remote import Remote, Snapshot
 
 # What is kept of a file that was cut: whole pieces of this size. A kill may leave the last one
 # short, a power failure may leave it full of zeros; the hash tells in any case.

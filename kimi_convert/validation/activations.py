@@ -110,5 +110,8 @@ def _nameless_file(nbytes: int) -> mmap.mmap:
         disk_errors(folder, doing="keep activations on disk", nbytes=nbytes),
         tempfile.TemporaryFile(dir=folder) as file,
     ):
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:  # macOS: the file has its size, and no room yet
+            file.truncate(nbytes)
         return mmap.mmap(file.fileno(), nbytes)

@@ -22,6 +22,7 @@ from kimi_convert.validation.memory_need import (
     FORMS,
     MemoryNeed,
     entry_size,
+    num_streams,
 )
 from kimi_convert.validation.options import Check, ValidationOptions
 
@@ -75,9 +76,8 @@ def estimate_validation(
     read = passes * open_index(checkpoint).nbytes
     if measured:
         read += sum(open_index(folder).nbytes for folder in folders[1:])
-    streams = (1 if len(configs) == 1 else 3) * int(measured)
     tokens = CONSISTENCY_SEQUENCES * options.consistency_tokens * FORMS * int(compared)
-    tokens += streams * text_tokens
+    tokens += num_streams(configs) * text_tokens * int(measured)
     return Estimate(
         memory=memory,
         read_bytes=read,

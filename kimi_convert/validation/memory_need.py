@@ -70,19 +70,22 @@ def memory_need(
     measured = text_tokens > 0 and Check.QUALITY in options.checks
     loaded = configs if measured else configs[:1]
     config, item = configs[0], options.torch_dtype.itemsize
-    # The student, its teacher, and the student with converted mixers switched off.
-    streams = (1 if len(configs) == 1 else 3) * int(measured)
-    row = config.hidden_size * item
+    carried = num_streams(configs) * text_tokens * config.hidden_size * item
     need = MemoryNeed(
         device=options.device,
         layer_bytes=sum(largest_part_bytes(one, options.torch_dtype) for one in loaded),
         inside_bytes=_inside_bytes(config, options, models=len(loaded) * int(measured)),
-        carried_bytes=streams * text_tokens * row,
-        on_disk=True,
+        carried_bytes=carried if measured else 0,
+        on_disk=False,
     )
     free = _free_bytes(options.device)
-    fits = free is None or need.memory_bytes + need.carried_bytes <= free
+    fits = free is None or need.memory_bytes <= free
     return replace(need, on_disk=need.carried_bytes > 0 and not fits)
+
+
+def num_streams(configs: Sequence[ModelConfig]) -> int:
+    """Return how often a text is run: also by the teacher, and without the converted mixers."""
+    return 1 if len(configs) == 1 else 3
 
 
 def require_room(need: MemoryNeed, *, where: Path) -> None:

@@ -28,6 +28,9 @@ _SETS = 11  # of kept layers that are compared
 _CHUNK = 64
 _SEARCH_TENSORS = 22  # of the size of one mixer's features, at once
 _SIDE = 1024
+_DISTILL_PASSES = 5.0  # through both models, backwards included, in passes forwards
+_KDA_SHARE = 1.5  # parameters of a KDA mixer over those of the MLA that it replaces, roughly
+_KEPT_OF_STEP = 64.0  # values that a training step keeps, in those of the stream after each layer
 _FP32 = 4
 
 
@@ -59,6 +62,9 @@ def calibration_cost(
     searches = passes if recipe.method is InitMethod.SEARCH else 1.0
     aligned = 3 * recipe.align.steps * recipe.align.tokens_per_step
     flops = 2 * active * passed + layers * (searches * searched + aligned) * per_pass
+    trained = recipe.distill.steps * recipe.distill.tokens_per_step
+    head = config.vocab_size * width
+    flops += trained * _DISTILL_PASSES * (2 * (active * layers + head) + layers * per_pass)
     streams = [_FP32 * width * size for size in (tokens, tokens, searched)]
     futures = _FP32 * width * checked * (2 * layers + 1)
     device = torch.device(device)
@@ -66,11 +72,27 @@ def calibration_cost(
     search = search_bytes(config, searched)
     ahead = layers_ahead(device, search_bytes=search)
     layer = max(_layer_bytes(entries).values())
+    memory = ahead * (layer + search) + sum(resident) + futures
+    if trained:
+        memory = max(memory, _distill_bytes(config, recipe, entries, on_gpu=device.type != "cpu"))
     return CalibrationCost(
         flops=flops,
-        memory_bytes=int(ahead * (layer + search) + sum(resident) + futures),
+        memory_bytes=int(memory),
         disk_bytes=int(sum(streams) - sum(resident)),
     )
+
+
+def _distill_bytes(
+    config: ModelConfig, recipe: CalibrationRecipe, entries: list[Entry], *, on_gpu: bool
+) -> float:
+    """Return what the whole model, its training's state and the tokens of one step hold."""
+    frozen = sum(_layer_bytes(entries).values()) * (0.5 if on_gpu else 1.0)
+    mixers = sum(_FP32 * _size(entry) for entry in entries if ".mla." in entry.template)
+    ends = 2 * _FP32 * config.vocab_size * config.hidden_size
+    # Masters, gradients, two moments, the best so far.
+    state = 5 * _KDA_SHARE * mixers
+    step = recipe.distill.tokens_per_step * config.hidden_size * config.num_layers
+    return frozen + ends + state + _FP32 * _KEPT_OF_STEP * step
 
 
 def search_bytes(config: ModelConfig, tokens: int) -> int:

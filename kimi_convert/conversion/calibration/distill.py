@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.distill_rows import StepRows
@@ -23,10 +24,12 @@ from kimi_convert.conversion.calibration.hybrid import Hybrid
 from kimi_convert.conversion.calibration.outcome import Outcome, outcome_of
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import batches
+from kimi_convert.conversion.calibration.written_text import written_rows
 from kimi_convert.errors import VerificationError
 from kimi_convert.model.language_model import Head
 
 _STAGE = "distilling"
+_WRITTEN = "written"
 _SAVE_EVERY = 100  # steps
 _LOOKS = 8  # at the validation tokens, over the whole training
 _WARM_UP_SHARE = 0.03
@@ -44,6 +47,7 @@ class DistillInput:
 
     tokens: torch.Tensor  # [N, T], drawn from
     check: torch.Tensor  # [n, T + 1], judged on
+    teacher: ModelConfig
     recipe: DistillRecipe
     seed: int
 
@@ -64,6 +68,7 @@ def distill(
     """
     before = validate(hybrid, given.check)
     start = {name: value.detach().clone() for name, value in hybrid.trained().items()}
+    given = replace(given, tokens=_with_written(hybrid, given, store, on_progress))
     state = DistillState(hybrid, _optimizer(hybrid, given.recipe), store)
     _Training(hybrid, given, state, on_progress).run()
     _fill(hybrid, {name: hybrid.rounded(name, best) for name, best in state.best.items()})
@@ -106,6 +111,30 @@ def validate(hybrid: Hybrid, check: torch.Tensor) -> Outcome:
     )
 
 
+def _with_written(
+    hybrid: Hybrid, given: DistillInput, store: CalibrationStore, on_progress: ProgressCallback
+) -> torch.Tensor:
+    """Return the rows to draw from, with those that the teacher writes."""
+    rows = given.recipe.written_tokens // given.tokens.shape[1]
+    if not rows:
+        return given.tokens
+    if not store.has(_WRITTEN):
+        ranks = hybrid.ranks
+        written = written_rows(
+            hybrid.write,
+            given.teacher,
+            given.tokens,
+            rows=rows,
+            seed=given.seed,
+            device=hybrid.device,
+            on_progress=on_progress,
+        )
+        if ranks.is_first:
+            store.save(_WRITTEN, {"rows": written}, {})
+        ranks.wait()  # all take what the first one wrote
+    return torch.cat((given.tokens, store.tensor(_WRITTEN, "rows")))
+
+
 class _Training:
     """The steps."""
 
@@ -131,7 +160,7 @@ class _Training:
         rows = StepRows(self.given.tokens, rows_per_step=size, seed=self.given.seed)
         look_every = max(1, steps // _LOOKS)
         for step in range(len(state.losses), steps):
-            self.on_progress(ProgressEvent(_STAGE, step, steps, "steps"))
+            self.on_progress(ProgressEvent(_STAGE, step, steps, "steps", state.last_look))
             self._step(step, ranks.share(rows.of(step)).to(device))
             done = step + 1
             if done % look_every == 0 or done == steps:

@@ -41,7 +41,9 @@ def distill_pair(
     if not finished:
         hybrid = _hybrid(teacher, student, store, ranks)
         check = text.tokens[len(text.tokens) - text.validation_rows :]
-        given = DistillInput(tokens=text.training, check=check, recipe=recipe, seed=seed)
+        given = DistillInput(
+            tokens=text.training, check=check, teacher=teacher.config, recipe=recipe, seed=seed
+        )
         note = distill(hybrid, given, store, on_progress)
         for n in range(student.config.num_layers):
             parameters = hybrid.stored(n)

@@ -27,6 +27,11 @@ class DistillState:
         if store.has(_NAME):
             self._resume()
 
+    @property
+    def last_look(self) -> str:
+        """What validation said last, for people."""
+        return f"KL {self.looks[-1][1]:.3f}" if self.looks else ""
+
     def look(self, steps: int, kl: float) -> None:
         """Note what validation says after so many steps; keep the parameters if it is the best."""
         if kl < min((seen for _, seen in self.looks), default=float("inf")) or not self.best:

@@ -20,6 +20,7 @@ from kimi_convert.conversion.calibration.align import step_size
 from kimi_convert.conversion.calibration.ranks import Ranks, whole
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.model.block import DecoderLayer
+from kimi_convert.model.cache import LayerCache, ModelCache
 from kimi_convert.model.language_model import Head
 from kimi_convert.model.moe import Router
 
@@ -69,9 +70,9 @@ class HybridLayer(nn.Module):
         # No layer draws random numbers; to keep their state would wait for the GPU.
         return checkpoint(self._student, hidden, use_reentrant=False, preserve_rng_state=False)
 
-    def teach(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the teacher's layer on hidden [B, T, D]."""
-        return self.teacher(hidden)
+    def teach(self, hidden: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        """Run the teacher's layer on hidden [B, T, D], after what a cache holds."""
+        return self.teacher(hidden, cache)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what is trained by its name in a layer: "kda.q.weight", "kda.o.weight" as [F, D]."""
@@ -165,6 +166,15 @@ class Hybrid:
             for layer in self.layers:
                 hidden = layer.teach(hidden)
         return hidden
+
+    @torch.no_grad()
+    def write(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+        """Return the teacher's logits [B, vocab] of what follows tokens [B, T], after a cache."""
+        hidden = self.teacher_ends.embed(tokens).float()
+        with self._arithmetic():
+            for layer, kept in zip(self.layers, cache.layers, strict=True):
+                hidden = layer.teach(hidden, kept)
+        return self.teacher_ends.head(hidden[:, -1])
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", _HALF) if self.device.type == "cuda" else nullcontext()

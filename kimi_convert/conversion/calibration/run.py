@@ -166,7 +166,11 @@ class _Run:
             note = distill(
                 hybrid,
                 DistillInput(
-                    tokens=given.text.training, check=check, recipe=recipe, seed=settled.seed
+                    tokens=given.text.training,
+                    check=check,
+                    teacher=self.teacher.config,
+                    recipe=recipe,
+                    seed=settled.seed,
                 ),
                 self.store,
                 self.on_progress,

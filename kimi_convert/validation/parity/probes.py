@@ -18,6 +18,7 @@ from kimi_convert.kernels.short_conv import short_conv
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.kda import KimiDeltaAttention
 from kimi_convert.model.moe import Router, Routing
+from kimi_convert.validation.parity.oracles.hearing import module_at
 from kimi_convert.validation.parity.stages import ROUTER, SCORES
 
 # Path of a module in a layer -> stages that it takes in and gives out; empty for no stage.
@@ -59,7 +60,7 @@ def listening(layer: DecoderLayer) -> Generator[Callable[[int], dict[str, torch.
     pieces: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     with ExitStack() as stack:
         for path, (taken, given) in _MODULES.items():
-            module = _part(layer, path)
+            module = module_at(layer, path)
             if module is not None:
                 hook = module.register_forward_hook(_recorder(pieces, taken, given))
                 stack.callback(hook.remove)
@@ -70,13 +71,6 @@ def expert_weights(routing: Routing, num_experts: int) -> torch.Tensor:
     """Return the factor on every expert's output [N, E], 0 where it was not chosen."""
     weights = routing.weights
     return weights.new_zeros(len(weights), num_experts).scatter(1, routing.experts, weights)
-
-
-def _part(layer: nn.Module, path: str) -> nn.Module | None:
-    part: object = layer
-    for name in path.split("."):
-        part = getattr(part, name, None)
-    return part if isinstance(part, nn.Module) else None
 
 
 def _recorder(

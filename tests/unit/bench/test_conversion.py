@@ -99,7 +99,9 @@ def tiny_models(monkeypatch):
 
 @pytest.mark.slow
 def test_speed_compares_pairs(tiny_models, tmp_path, capsys):
-    found = measured(capsys, tmp_path, "speed", "--layers", "2", "--pairs", "1", "--fp8")
+    found = measured(
+        capsys, tmp_path, "speed", "--layers", "2", "--pairs", "1", "--rest", "0", "--fp8"
+    )
     (pair,) = found["pairs"]
     assert pair["ratio"] == pytest.approx(pair["cp_seconds"] / pair["convert_seconds"])
     assert found["median_ratio"] == pair["ratio"]

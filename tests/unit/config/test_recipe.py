@@ -38,7 +38,12 @@ DEFAULTS = {
         "validation_tokens": 8192,
     },
     "align": {"steps": 0, "tokens_per_step": 2048, "learning_rate": 2e-3},
-    "distill": {"tokens": 0, "tokens_per_step": 8192, "learning_rate": 1e-3},
+    "distill": {
+        "tokens": 0,
+        "tokens_per_step": 8192,
+        "learning_rate": 1e-3,
+        "written_tokens": 0,
+    },
     "keep_layers": "auto",
     "rope": "fold",
     "short_conv_size": 4,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kimi_convert.config.recipe import Recipe
-from kimi_convert.conversion import plan as plan_module
+from kimi_convert.conversion import tasks as tasks_module
 from kimi_convert.conversion.plan import plan_conversion
 from kimi_convert.conversion.rules import RULES, Op, Rule
 from kimi_convert.errors import CheckpointError, MappingError
@@ -199,7 +199,7 @@ def test_source_tensor_that_no_rule_knows_is_refused(name, tmp_path):
 
 
 def plan_with_rules(folder, monkeypatch, rules):
-    monkeypatch.setattr(plan_module, "RULES", tuple(rules))
+    monkeypatch.setattr(tasks_module, "RULES", tuple(rules))
     return plan_of(folder, tiny_config("deepseek_v3"))
 
 

@@ -335,6 +335,12 @@ def test_list_without_an_end_is_refused(hub, repository, tmp_path):
         download_checkpoint(NAME, local_dir=tmp_path / "out")
 
 
+def test_list_that_goes_on_at_an_unsafe_address_is_refused(hub, repository, tmp_path):
+    hub.faults.list_page, hub.faults.lists_go_on_at = 2, "ftp://127.0.0.1"
+    with pytest.raises(HubError, match="not safe"):
+        download_checkpoint(NAME, local_dir=tmp_path / "out")
+
+
 def test_rate_limit_is_waited_for(hub, repository, tmp_path, wanted):
     hub.fault("GET ", times=3, status=429, headers={"Retry-After": "0"})
     hub.fault(f"GET .*{SHARD}", times=2, status=503)

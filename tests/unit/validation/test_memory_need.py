@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from kimi_convert.errors import ResourceError
 from kimi_convert.model.loading import open_layers
 from kimi_convert.validation import memory_need as module
+from kimi_convert.validation import text_streams
+from kimi_convert.validation.activations import Activations
 from kimi_convert.validation.memory_need import largest_part_bytes, memory_need, require_room
 from kimi_convert.validation.options import Check, ValidationOptions
 from tests.integration.command_line import run_here
@@ -81,16 +84,32 @@ def test_memory_of_a_gpu_is_what_counts_where_layers_run_there(checkpoint, monke
             require_room(found, where=checkpoint)
 
 
-def test_disk_that_is_too_small_is_refused_with_numbers_before_anything_runs(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """A call whose layers fit into memory, and whose 128 tokens do not."""
     folder = write_hybrid(tmp_path / "c")
     text = write_token_ids(tmp_path / "text.jsonl", rows={"a": 8})
     need = memory_need([HYBRID], OPTIONS, text_tokens=128)
     monkeypatch.setattr(module, "free_memory_bytes", lambda: need.fixed_bytes)
+    return ("validate", folder, "--text", text, "--sequence-length", 16)
+
+
+def test_disk_that_is_too_small_is_refused_with_numbers_before_anything_runs(call, monkeypatch):
     monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
-    done = run_here("validate", folder, "--text", text, "--sequence-length", 16)
+    done = run_here(*call)
     assert done.returncode == 5
     assert "nor room on the disk" in done.stderr
     assert "16384 bytes" in done.stderr.replace(",", "")  # 128 tokens x 32 x 4
     assert "TMPDIR" in done.stderr
+
+
+def test_a_small_machine_measures_with_files_and_says_so_first(call, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        text_streams, "Activations", lambda *a, on_disk, **k: made.append(on_disk) or new(*a, **k)
+    )
+    new = partial(Activations, on_disk=True)
+    done = run_here(*call)
+    assert done.returncode == 0, done.stdout
+    assert "16.4 kB on disk" in done.stderr
+    assert made == [True]

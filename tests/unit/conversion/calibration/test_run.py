@@ -351,11 +351,14 @@ def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewher
     assert there.validation.kl == pytest.approx(here.validation.kl, rel=1e-3)
 
 
-def distilled(recipe=None, *, steps=16, rate=1e-3):
+def distilled(recipe=None, *, steps=16, rate=1e-3, written=0):
     recipe = recipe or recipe_of(InitMethod.NAIVE)
     assert recipe.calibration is not None
     distill = DistillRecipe(
-        tokens=steps * 8 * LENGTH, tokens_per_step=8 * LENGTH, learning_rate=rate
+        tokens=steps * 8 * LENGTH,
+        tokens_per_step=8 * LENGTH,
+        learning_rate=rate,
+        written_tokens=written,
     )
     return replace(recipe, calibration=replace(recipe.calibration, distill=distill))
 
@@ -422,22 +425,22 @@ def test_distillation_that_does_not_help_is_not_taken(tmp_path, text, monkeypatc
 
 def test_interrupted_distillation_goes_on_from_its_last_state(tmp_path, text, monkeypatch):
     monkeypatch.setattr(distill, "_SAVE_EVERY", 4)
-    source = source_of(tmp_path)
-    convert(source, tmp_path / "whole", text, recipe=distilled(steps=12))
+    source, recipe = source_of(tmp_path), distilled(steps=12, written=8 * LENGTH)
+    convert(source, tmp_path / "whole", text, recipe=recipe)
 
     def interrupt(event):
         if event.stage == "distilling" and event.done == 7:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", text, recipe=distilled(steps=12), on_progress=interrupt)
+        convert(source, tmp_path / "out", text, recipe=recipe, on_progress=interrupt)
     steps = []
 
     def note(event):
         if event.stage == "distilling":
             steps.append(event.done)
 
-    convert(source, tmp_path / "out", text, recipe=distilled(steps=12), on_progress=note)
+    convert(source, tmp_path / "out", text, recipe=recipe, on_progress=note)
     assert steps[0] == 4
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 

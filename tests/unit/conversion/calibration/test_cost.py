@@ -1,0 +1,27 @@
+"""What a calibration will take, told before it starts."""
+
+from __future__ import annotations
+
+from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.huggingface import read_config
+from kimi_convert.config.recipe import default_recipe, with_training
+from kimi_convert.conversion.calibration.cost import calibration_cost
+
+
+def cost_of(distill_tokens, device="cpu"):
+    recipe = with_training(default_recipe(), align_steps=0, distill_tokens=distill_tokens)
+    assert recipe.calibration is not None
+    return calibration_cost(read_config(example_checkpoint()), recipe.calibration, device)
+
+
+def test_distillation_is_counted_by_its_tokens():
+    none, some, more = (cost_of(tokens) for tokens in (0, 2**20, 2**22))
+    assert (more.flops - none.flops) / (some.flops - none.flops) == 4
+    # 7 million parameters that a token meets in part, five times, two products each.
+    assert 20e6 < (some.flops - none.flops) / 2**20 < 100e6
+
+
+def test_distillation_holds_the_whole_model_and_its_training():
+    stored = sum(path.stat().st_size for path in example_checkpoint().glob("*.safetensors"))
+    assert cost_of(2**20).memory_bytes > 2 * stored  # fp32
+    assert cost_of(2**20).memory_bytes > cost_of(2**20, "cuda").memory_bytes > stored
