@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train and write everything."""
     parser = argparse.ArgumentParser(prog="python -m kimi_convert.bench.recall_teacher")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)

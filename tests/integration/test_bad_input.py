@@ -102,22 +102,12 @@ def test_bad_calibration_text_is_refused_before_a_weight_is_read(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "texts"]
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("Too short for any recipe.", ("too little text", "131072 tokens")),
-        ("ᛗᛁ " * 40_000, ("does not know", "bytes")),
-    ],
-    ids=["short", "script"],
-)
-def test_text_that_cannot_be_fitted_to_says_what_is_needed_and_leaves_nothing(
-    source, tmp_path, capsys, content, said
-):
+def test_text_that_is_too_short_says_what_is_needed_and_leaves_nothing(source, tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text(content, encoding="utf-8")
+    text.write_text("Too short for any recipe.")
     code, error = error_of(capsys, "convert", source, tmp_path / "out", "--calibration", text)
     assert (code, error["type"], error["where"]) == (3, "CalibrationError", str(text))
-    assert all(part in f"{error['message']} {error['expected']}" for part in said)
+    assert "131072 tokens" in error["expected"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
 
 

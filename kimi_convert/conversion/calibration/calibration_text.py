@@ -21,8 +21,10 @@ _KIND = "calibration"
 # other in a file, without reading a large file whole.
 _SHUFFLED_CHARACTERS = 32 * 1024 * 1024
 # A byte-level tokenizer has no unknown tokens: a script that it does not know falls to single
-# bytes. English and code have 3 to 4 bytes in a token, Chinese about as many.
+# bytes. English and code have 3 to 4 bytes in a token, Chinese about as many. Nothing is told of texts
+# that come as ids, nor by a vocabulary of bytes and little more.
 _LEAST_BYTES = 1.25
+_BYTE_VOCABULARY = 512
 _CHECKED_ROWS = 64
 
 
@@ -64,10 +66,11 @@ def calibration_text(
         CalibrationError: there is too little text, or the tokenizer does not know its script.
     """
     tokenizer = load_tokenizer(source)
+    worded: set[bool] = set()  # whether documents came as text
     wanted = recipe.rows + recipe.distill.tokens // recipe.sequence_length
     try:
         packed = pack_documents(
-            _shuffled(read_documents(path), seed=seed),
+            _shuffled(_noted(read_documents(path), worded), seed=seed),
             tokenizer,
             sequence_length=recipe.sequence_length,
             separator_id=next(iter(config.eos_token_ids), None),
@@ -81,7 +84,8 @@ def calibration_text(
         raise
     if len(packed.tokens) < recipe.rows:
         raise _too_little(path, recipe, rows=len(packed.tokens))
-    _check_known(packed.tokens, tokenizer, path)
+    if True in worded and tokenizer.vocab_size > _BYTE_VOCABULARY:
+        _check_known(packed.tokens, tokenizer, path)
     return CalibrationText(
         tokens=packed.tokens[: recipe.rows],
         validation_rows=recipe.validation_rows,
@@ -97,6 +101,13 @@ def _too_little(path: Path, recipe: CalibrationRecipe, *, rows: int) -> Calibrat
         found=f"{rows * recipe.sequence_length} tokens in whole sequences",
         hint="Give a longer text, or lower `calibration.tokens` in the recipe.",
     )
+
+
+def _noted(documents: Iterator[Document], worded: set[bool]) -> Iterator[Document]:
+    """Pass documents on, and note whether they are text."""
+    for document in documents:
+        worded.add(document.text is not None)
+        yield document
 
 
 def _shuffled(documents: Iterator[Document], *, seed: int) -> Iterator[Document]:

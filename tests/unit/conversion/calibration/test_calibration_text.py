@@ -12,6 +12,9 @@ from kimi_convert.config.calibration import CalibrationRecipe
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.errors import CalibrationError, InputError
+from kimi_convert.model.tokenizer import load_tokenizer
+from tests.tiny import tiny_config
+from tests.unit.model.tokenizer_folders import write_tiktoken_folder
 
 RECIPE = CalibrationRecipe(tokens=640, sequence_length=32, search_tokens=128, validation_tokens=64)
 
@@ -105,6 +108,22 @@ def test_text_in_a_script_that_the_tokenizer_does_not_know_is_refused(tmp_path):
     path = write(tmp_path / "script.jsonl", [{"text": "ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ " * 400}])
     with pytest.raises(CalibrationError, match="does not know the words"):
         read(path)
+
+
+def test_ids_may_be_of_single_bytes(tmp_path):
+    source = example_checkpoint()
+    tokenizer = load_tokenizer(source)
+    single = [n for n in range(3, 300) if len(tokenizer.token_bytes(n)) == 1]
+    documents = [{"ids": (single * 40)[:600]} for _ in range(4)]
+    assert read(write(tmp_path / "bytes.jsonl", documents)).tokens.shape == (20, 33)
+
+
+def test_model_of_bytes_knows_every_script(tmp_path):
+    source = write_tiktoken_folder(tmp_path / "bytes")
+    config = tiny_config("deepseek_v3", vocab_size=300)
+    path = write(tmp_path / "script.jsonl", [{"text": "ᚠᛇᚻ᛫ᛒᛦᚦ᛫ᚠᚱᚩᚠᚢᚱ " * 400}])
+    found = calibration_text(path, source, config, RECIPE, seed=0)
+    assert found.tokens.shape == (20, 33)
 
 
 def test_missing_file_is_named(tmp_path):
