@@ -1,9 +1,9 @@
 """Compare what hybrids start from, on held-out text: `python -m kimi_convert.bench.quality`.
 
     [--teacher DIR] [--calibration FILE] [--heldout FILE] [--device cuda] [--seeds N]
-    [--align STEPS ...] [--distill TOKENS] [--rate RATE] [--step-tokens N] [--written TOKENS]
-    [--only PATTERN ...] [--processes N]
-    [--json FILE]
+    [--align STEPS ...] [--align-rate RATE] [--align-step-tokens N]
+    [--distill TOKENS] [--rate RATE] [--step-tokens N] [--written TOKENS]
+    [--only PATTERN ...] [--processes N] [--json FILE]
 
 Every row takes the same calibration tokens through the same later stages and is written as a bf16
 checkpoint before it is measured. R is the share of the loss that switching the released pattern's
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from kimi_convert.bench.quality_rows import stages, starts
 from kimi_convert.bench.quality_run import Job, Setting, run_jobs
 from kimi_convert.bench.quality_table import Results
 from kimi_convert.checkpoints.examples import calibration_text, example_checkpoint, heldout_text
-from kimi_convert.config.calibration import DistillRecipe
+from kimi_convert.config.calibration import AlignRecipe, DistillRecipe
 from kimi_convert.errors import KimiConvertError
 
 
@@ -68,23 +68,43 @@ def _run(given: argparse.Namespace) -> Results:
         learning_rate=given.rate,
         written_tokens=given.written,
     )
-    all_stages = stages(given.align, training)
-    jobs = [
-        Job(name=name, recipe=recipe, seed=seed)
-        for name, recipe in starts(all_stages)
-        # A start without text has no seed but that of projections without effect.
-        for seed in range(given.seeds if recipe.calibration else 1)
-        if wanted(name) and not results.has(name, seed)
+    aligned = [
+        AlignRecipe(
+            steps=steps, tokens_per_step=given.align_step_tokens, learning_rate=given.align_rate
+        )
+        for steps in given.align
     ]
+    jobs = [
+        job
+        for job in jobs_of(aligned, training, seeds=given.seeds)
+        if wanted(job.name) and not results.has(job.name, job.seed)
+    ]
+    beside = {(job.undistilled, job.seed) for job in jobs}
+    jobs = [job for job in jobs if (job.name, job.seed) not in beside]
     # The longest first, so that none is left alone at the end.
     jobs.sort(key=_length, reverse=True)
-    for job, run in run_jobs(setting, jobs, processes=given.processes):
-        if isinstance(run, str):
-            sys.stderr.write(f"{job.name}, seed {job.seed}: {run}\n")
+    for job, rows in run_jobs(setting, jobs, processes=given.processes):
+        if isinstance(rows, str):
+            sys.stderr.write(f"{job.name}, seed {job.seed}: {rows}\n")
             continue
-        results.add(job.name, run)
-        sys.stderr.write(f"{job.name}, seed {job.seed}: KL {run.kl:.3f}, {run.seconds:.0f} s\n")
+        for name, run in rows.items():
+            if not results.has(name, job.seed):
+                results.add(name, run)
+            sys.stderr.write(f"{name}, seed {job.seed}: KL {run.kl:.3f}, {run.seconds:.0f} s\n")
     return results
+
+
+def jobs_of(align: Sequence[AlignRecipe], training: DistillRecipe, *, seeds: int) -> Iterator[Job]:
+    """Yield every row with every seed."""
+    all_stages = stages(align, training)
+    before = all_stages[-1].undistilled.suffix
+    for name, recipe in starts(all_stages):
+        fitted = recipe.calibration
+        distills = fitted is not None and fitted.distill.tokens > 0
+        undistilled = name.removesuffix(all_stages[-1].suffix) + before if distills else None
+        # A start without text has no seed but that of projections without effect.
+        for seed in range(seeds if fitted else 1):
+            yield Job(name=name, recipe=recipe, seed=seed, undistilled=undistilled)
 
 
 def _length(job: Job) -> tuple[int, int]:
@@ -101,7 +121,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--align", type=int, nargs="*", default=[])
     parser.add_argument("--distill", type=int, default=0, metavar="TOKENS")
-    usual = DistillRecipe()
+    usual, usually = DistillRecipe(), AlignRecipe()
+    parser.add_argument("--align-rate", type=float, default=usually.learning_rate)
+    parser.add_argument("--align-step-tokens", type=int, default=usually.tokens_per_step)
     parser.add_argument("--rate", type=float, default=usual.learning_rate)
     parser.add_argument("--step-tokens", type=int, default=usual.tokens_per_step)
     parser.add_argument("--written", type=int, default=usual.written_tokens, metavar="TOKENS")

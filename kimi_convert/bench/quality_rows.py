@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kimi_convert.config.calibration import DistillRecipe, InitMethod
+from kimi_convert.config.calibration import AlignRecipe, DistillRecipe, InitMethod
 from kimi_convert.config.recipe import Recipe, RopeHandling, default_recipe
 
 METHODS = tuple(method for method in InitMethod if method is not InitMethod.COPY)
@@ -17,6 +17,7 @@ DISTILLED = tuple(
 )
 
 
+_NO_STEPS = AlignRecipe()
 _NONE = DistillRecipe()
 
 
@@ -24,22 +25,27 @@ _NONE = DistillRecipe()
 class Stage:
     """What comes after the start, the same for all."""
 
-    align_steps: int = 0
+    align: AlignRecipe = _NO_STEPS
     distill: DistillRecipe = _NONE
+
+    @property
+    def undistilled(self) -> Stage:
+        """What comes before the distillation."""
+        return replace(self, distill=_NONE)
 
     @property
     def suffix(self) -> str:
         """How a row's name tells it."""
-        aligned = f" + {self.align_steps} steps" if self.align_steps else ""
+        aligned = f" + {self.align.steps} steps" if self.align.steps else ""
         tokens = self.distill.tokens
         return aligned + (f" + {tokens / 1e6:g}M tokens" if tokens else "")
 
 
-def stages(align: Sequence[int], distill: DistillRecipe) -> list[Stage]:
+def stages(align: Sequence[AlignRecipe], distill: DistillRecipe) -> list[Stage]:
     """Return no training, every alignment, and the last alignment followed by distillation."""
-    found = [Stage(align_steps=steps) for steps in (0, *align)]
+    found = [Stage(align=recipe) for recipe in (_NO_STEPS, *align)]
     if distill.tokens:
-        found.append(Stage(align_steps=align[-1] if align else 0, distill=distill))
+        found.append(Stage(align=align[-1] if align else _NO_STEPS, distill=distill))
     return found
 
 
@@ -59,6 +65,5 @@ def starts(all_stages: Sequence[Stage]) -> Iterator[tuple[str, Recipe]]:
 
 def _with(recipe: Recipe, method: InitMethod, stage: Stage) -> Recipe:
     assert recipe.calibration is not None
-    fitted = replace(recipe.calibration, method=method, distill=stage.distill)
-    align = replace(fitted.align, steps=stage.align_steps)
-    return replace(recipe, calibration=replace(fitted, align=align))
+    fitted = replace(recipe.calibration, method=method, align=stage.align, distill=stage.distill)
+    return replace(recipe, calibration=fitted)

@@ -12,12 +12,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from kimi_convert.config.calibration import AlignRecipe
 from kimi_convert.config.progress import ProgressEvent
-from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.recipe import Recipe, with_training
 from kimi_convert.conversion import convert_checkpoint
+from kimi_convert.conversion.align_stages import AlignRequest
+from kimi_convert.conversion.aligned import align_checkpoint
 from kimi_convert.errors import KimiConvertError, VerificationError
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 
@@ -59,17 +63,18 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One row with one seed."""
+    """One row with one seed, and the row before its distillation, which costs nothing more."""
 
     name: str
     recipe: Recipe
     seed: int
+    undistilled: str | None = None
 
 
 def run_jobs(
     setting: Setting, jobs: Sequence[Job], *, processes: int
-) -> Iterator[tuple[Job, Measured | str]]:
-    """Measure jobs in processes of their own; yield them as they finish, or why one failed."""
+) -> Iterator[tuple[Job, dict[str, Measured] | str]]:
+    """Measure jobs in processes of their own; yield their rows as they finish, or why one failed."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     pool = ProcessPoolExecutor(
         processes,
@@ -86,52 +91,88 @@ def run_jobs(
                 yield running[future], f"{type(error).__name__}: {error}"
 
 
-def measure(setting: Setting, job: Job) -> Measured:
-    """Convert by a recipe, and measure the checkpoint."""
+def measure(setting: Setting, job: Job) -> dict[str, Measured]:
+    """Convert by a recipe, distil if it says so, and measure the checkpoints; return rows by name."""
+    recipe = replace(job.recipe, seed=job.seed)
+    distills = recipe.calibration is not None and recipe.calibration.distill.steps > 0
+    clock = StageClock(f"{job.name}, seed {job.seed}")
+    found: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "hybrid"
         started = time.monotonic()
-        clock = StageClock(f"{job.name}, seed {job.seed}")
-        result = convert_checkpoint(
+        fit = convert_checkpoint(
             setting.teacher,
             output,
-            recipe=replace(job.recipe, seed=job.seed),
+            recipe=with_training(recipe, distill_tokens=0) if distills else recipe,
             text=setting.calibration,
             device=setting.device,
             on_progress=clock,
-        )
+        ).fit
         seconds = time.monotonic() - started
-        report = validate_checkpoint(
-            output,
-            teacher=setting.teacher,
-            text=setting.heldout,
-            options=ValidationOptions(
-                checks=frozenset({Check.QUALITY, Check.PROBES}),
-                sequence_length=LENGTH,
-                max_tokens_per_kind=TOKENS_PER_KIND,
-                device=setting.device,
-                seed=job.seed,
-            ),
+        row = Measured(
+            seed=job.seed,
+            **_scores(setting, output, job.seed),
+            calibration_kl=None if fit is None else fit.validation.kl,
+            kept=() if fit is None else fit.kept,
+            stages=dict(clock.seconds),
+            seconds=seconds,
         )
+        if not distills:
+            return {job.name: row}
+        if job.undistilled is not None:
+            found[job.undistilled] = row
+            sys.stderr.write(f"{job.undistilled}, seed {job.seed}: {row}\n")
+        assert recipe.calibration is not None
+        calibration = replace(recipe.calibration, align=AlignRecipe())
+        started = time.monotonic()
+        clock.resume()
+        aligned = align_checkpoint(
+            setting.teacher,
+            output,
+            Path(folder) / "distilled",
+            request=AlignRequest(calibration=calibration, seed=job.seed, text=setting.calibration),
+            device=setting.device,
+            on_progress=clock,
+        )
+        seconds += time.monotonic() - started
+        assert aligned is not None
+        found[job.name] = replace(
+            row,
+            **_scores(setting, aligned.output, job.seed),
+            calibration_kl=aligned.after.kl,
+            distilled=aligned.distilled,
+            stages=dict(clock.seconds),
+            seconds=seconds,
+        )
+    return found
+
+
+def _scores(setting: Setting, checkpoint: Path, seed: int) -> dict[str, Any]:
+    """Return what is measured of a checkpoint on held-out text."""
+    report = validate_checkpoint(
+        checkpoint,
+        teacher=setting.teacher,
+        text=setting.heldout,
+        options=ValidationOptions(
+            checks=frozenset({Check.QUALITY, Check.PROBES}),
+            sequence_length=LENGTH,
+            max_tokens_per_kind=TOKENS_PER_KIND,
+            device=setting.device,
+            seed=seed,
+        ),
+    )
     assert report.quality is not None
     scores = report.quality.student.overall
     if scores.kl is None or scores.top1_agreement is None:
-        raise VerificationError("the validation compared nothing", where=output)
-    fit = result.fit
+        raise VerificationError("the validation compared nothing", where=checkpoint)
     (copying,) = [probe for probe in report.quality.probes if probe.name == "copying"]
-    return Measured(
-        seed=job.seed,
-        loss=scores.loss,
-        kl=scores.kl,
-        top1=scores.top1_agreement,
-        copied=copying.student,
-        teacher_copied=copying.teacher,
-        calibration_kl=None if fit is None else fit.validation.kl,
-        kept=() if fit is None else fit.kept,
-        distilled=None if fit is None else fit.distilled,
-        stages=clock.seconds,
-        seconds=seconds,
-    )
+    return {
+        "loss": scores.loss,
+        "kl": scores.kl,
+        "top1": scores.top1_agreement,
+        "copied": copying.student,
+        "teacher_copied": copying.teacher,
+    }
 
 
 class StageClock:
@@ -143,6 +184,10 @@ class StageClock:
         self._name = name
         self._last = time.monotonic()
         self._told = self._last
+
+    def resume(self) -> None:
+        """Leave out what has passed since the last event."""
+        self._last = time.monotonic()
 
     def __call__(self, event: ProgressEvent) -> None:
         """Count the time since the last event to this one's stage."""

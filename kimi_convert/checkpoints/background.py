@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,7 +117,8 @@ class EarlySync:
     def _sync(self, start: int, nbytes: int) -> None:
         os.fsync(self._descriptor)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # no more than a hint
+                os.posix_fadvise(self._descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _raise_error(self) -> None:
         pending, self._pending = self._pending, None

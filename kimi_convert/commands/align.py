@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kimi_convert.conversion.aligned import AlignResult
     from kimi_convert.conversion.calibration.realign import LayerAlignment
 
-EXAMPLE = "kimi-convert align ./Moonlight-16B-A3B ./hybrid ./hybrid-aligned --steps 300"
+EXAMPLE = "kimi-convert align ./Moonlight-16B-A3B ./hybrid ./hybrid-aligned --steps 600"
 
 
 class TargetsName(StrEnum):
@@ -56,7 +56,7 @@ StepsOpt = Annotated[
     typer.Option(
         "--steps",
         min=0,
-        help="Gradient steps on each mixer; by default the recipe's align.steps, else 300, and "
+        help="Gradient steps on each mixer; by default the recipe's align.steps, else 600, and "
         "none where --distill is given.",
         show_default=False,
     ),
@@ -78,7 +78,7 @@ DistillOpt = Annotated[
         show_default=False,
     ),
 ]
-_STEPS = 300
+_STEPS = 600
 
 
 def align(

@@ -39,8 +39,8 @@ class AlignRecipe:
     """Gradient steps on one mixer at a time; none by default."""
 
     steps: int = 0
-    tokens_per_step: int = 2048
-    learning_rate: float = 2e-3
+    tokens_per_step: int = 512
+    learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         """Refuse numbers that no training can use."""

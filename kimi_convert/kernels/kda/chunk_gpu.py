@@ -8,24 +8,19 @@ the forward pass keeps its inputs alone, and the backward pass computes the stag
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kimi_convert.errors import KernelInputError
 from kimi_convert.kernels.backend import Backend
 from kimi_convert.kernels.kda.arguments import Arguments
 from kimi_convert.kernels.kda.chunks import Chunks
-from kimi_convert.kernels.kda.cuda.compiler import CompileError
-from kimi_convert.kernels.kda.cuda.driver import DriverError
+from kimi_convert.kernels.kda.cuda.choice import takes_cuda
 from kimi_convert.kernels.kda.cuda.intra import kda_intra_cuda
 from kimi_convert.kernels.kda.cuda.key_gradients import kda_key_gradients_cuda, serves_gradients
-from kimi_convert.kernels.kda.cuda.stage import unserved
 from kimi_convert.kernels.kda.device import BOUNDED, PRECOMPUTED, SOFTPLUS
 from kimi_convert.kernels.kda.gate import Gate
 from kimi_convert.kernels.kda.gradients import kda_gradients
@@ -34,8 +29,6 @@ from kimi_convert.kernels.kda.problem import Problem
 from kimi_convert.kernels.kda.scan import kda_scan
 from kimi_convert.kernels.kda.scan_backward import kda_scan_backward
 from kimi_convert.kernels.kda.value_gradients import kda_value_gradients
-
-_LOGGER = logging.getLogger(__name__)
 
 # Tokens that are solved together. In fp32, 64 have up to 2.4 times the error of the recurrence
 # where keys are alike, 32 up to 1.8 times; in half precision other roundings outweigh that.
@@ -55,13 +48,13 @@ def chunk_kda_gpu(call: Arguments, backend: Backend | None) -> tuple[Tensor, Ten
     """
     if not call.needs_grad:
         problem = _problem(call)
-        with_cuda = _takes_cuda(problem, backend)
+        with_cuda = takes_cuda(problem, backend)
         chunks = _intra(problem, with_cuda=with_cuda)
         scanned = kda_scan(problem, chunks, _contiguous(call.initial_state))
         return scanned.output, scanned.final
     bare = replace(call, gate=None, qk_norm=False, beta_logits=False)
     problem = _problem(call)
-    if _takes_cuda(problem, backend) and serves_gradients(problem):
+    if takes_cuda(problem, backend) and serves_gradients(problem):
         parameters = (None, None) if call.gate is None else (call.gate.A_log, call.gate.dt_bias)
         tensors = (call.q, call.k, call.v, call.g, call.beta, *parameters, call.initial_state)
         return _FusedKda.apply(*tensors, call)
@@ -185,53 +178,6 @@ def law_of(call: Arguments) -> int:
     if call.gate is None:
         return PRECOMPUTED.value
     return SOFTPLUS.value if call.gate.lower_bound is None else BOUNDED.value
-
-
-def _takes_cuda(problem: Problem, backend: Backend | None) -> bool:
-    """Say whether the CUDA stages run; refuse if they are asked for and cannot."""
-    if backend is Backend.TRITON:
-        return False
-    missing = unserved(problem)
-    if missing is None and backend is None:
-        return _cuda_works(problem.v.device.index)
-    if missing is not None and backend is Backend.CUDA:
-        raise KernelInputError(
-            "the CUDA stages do not serve this call",
-            where="chunk_kda",
-            expected=missing,
-            found='backend="cuda"',
-            hint='Pass backend="triton", or None to let the call decide.',
-        )
-    return missing is None
-
-
-@cache
-def _cuda_works(device: int) -> bool:
-    """Say, once for each device, whether NVRTC and the driver take the stages; log why not."""
-    example = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16, device=torch.device("cuda", device))
-    problem = Problem(
-        q=example,
-        k=example,
-        v=example,
-        g=example,
-        beta=example[..., 0].contiguous(),
-        scale=1.0,
-        A_log=None,
-        dt_bias=None,
-        law=PRECOMPUTED.value,
-        lower_bound=0.0,
-        qk_norm=False,
-        beta_logits=False,
-        cu_seqlens=None,
-        chunk_offsets=None,
-        C=64,
-    )
-    try:
-        kda_intra_cuda(problem)
-    except (CompileError, DriverError) as error:
-        _LOGGER.warning("KDA runs on Triton alone, which is slower: %s", error)
-        return False
-    return True
 
 
 def _intra(problem: Problem, *, with_cuda: bool) -> Chunks:

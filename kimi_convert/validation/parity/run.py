@@ -22,9 +22,7 @@ from kimi_convert.validation.parity.judge import run_all
 from kimi_convert.validation.parity.pairs import compare_pairs
 from kimi_convert.validation.parity.problem import Problem, Runner
 from kimi_convert.validation.parity.references import REFERENCE, References
-from kimi_convert.validation.parity.report import (
-    ParityReport,
-)
+from kimi_convert.validation.parity.report import ParityReport
 from kimi_convert.validation.parity.runners import (
     RUNNERS,
     artifact_runner,

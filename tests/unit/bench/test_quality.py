@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_convert.bench import quality_rows
+from kimi_convert.bench import quality, quality_rows
 from kimi_convert.bench.quality_floor import OFF
 from kimi_convert.bench.quality_run import Measured, Setting
 from kimi_convert.bench.quality_table import Results
-from kimi_convert.config.calibration import DistillRecipe, InitMethod
+from kimi_convert.config.calibration import AlignRecipe, DistillRecipe, InitMethod
 
-STAGES = quality_rows.stages([100], DistillRecipe(tokens=1_000_000))
+STAGES = quality_rows.stages([AlignRecipe(steps=100)], DistillRecipe(tokens=1_000_000))
 
 
 def test_every_method_has_a_row_at_the_same_tokens_and_layers():
@@ -23,7 +23,7 @@ def test_every_method_has_a_row_at_the_same_tokens_and_layers():
             recipe = rows[f"{method}{suffix}"]
             assert recipe.calibration is not None
             assert recipe.calibration.method is method
-            assert recipe.calibration.align.steps == stage.align_steps
+            assert recipe.calibration.align.steps == stage.align.steps
             assert recipe.calibration.distill.tokens == stage.distill.tokens
             assert recipe.kept_layers(8) == (3, 7)
         assert len({rows[f"{method}{suffix}"].calibration.tokens for method in methods}) == 1
@@ -31,9 +31,23 @@ def test_every_method_has_a_row_at_the_same_tokens_and_layers():
 
 
 def test_rows_have_names_of_their_own():
-    all_stages = quality_rows.stages([100, 300], DistillRecipe(tokens=20_000_000))
+    all_stages = quality_rows.stages(
+        [AlignRecipe(steps=100), AlignRecipe(steps=300)], DistillRecipe(tokens=20_000_000)
+    )
     names = [name for name, _ in quality_rows.starts(all_stages)]
     assert len(names) == len(set(names))
+
+
+def test_a_distilled_row_knows_the_row_that_it_comes_from():
+    jobs = list(
+        quality.jobs_of([AlignRecipe(steps=100)], DistillRecipe(tokens=1_000_000), seeds=2)
+    )
+    names = {job.name for job in jobs}
+    distilled = [job for job in jobs if job.undistilled]
+    assert {job.name for job in distilled} == {n for n in names if n.endswith("1M tokens")}
+    for job in distilled:
+        assert job.undistilled == job.name.removesuffix(" + 1M tokens")
+        assert job.undistilled in names
 
 
 def results(path, tmp_path):

@@ -37,7 +37,7 @@ DEFAULTS = {
         "search_tokens": 10240,
         "validation_tokens": 8192,
     },
-    "align": {"steps": 0, "tokens_per_step": 2048, "learning_rate": 2e-3},
+    "align": {"steps": 0, "tokens_per_step": 512, "learning_rate": 3e-3},
     "distill": {
         "tokens": 0,
         "tokens_per_step": 8192,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
 }
+# Its models take kernels of these wherever they can be imported, on the CPU too, where none runs.
+_GPU_KERNELS = ("causal_conv1d", "fla")
 _OF_KDA: Stages = {
     **OF_LAYER,
     **OF_KDA,
@@ -84,13 +87,13 @@ def load(folder: str) -> Any:  # noqa: ANN401  (transformers' models have no use
         ValueError: a tensor did not.
     """
     name = CLASSES[read_config(Path(folder)).model_type]
-    if not hasattr(transformers, name):
+    with _hidden(_GPU_KERNELS):
+        cls = getattr(transformers, name, None)  # imports the model's module
+    if cls is None:
         decline(f"transformers {transformers.__version__} has no {name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within their own code
-        model, info = getattr(transformers, name).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     parameters = dict(model.named_parameters())
     # A model without shared experts has them with no rows there.
     missing = [n for n in info["missing_keys"] if n not in parameters or parameters[n].numel()]
@@ -98,6 +101,21 @@ def load(folder: str) -> Any:  # noqa: ANN401  (transformers' models have no use
     if wrong:
         raise ValueError(f"tensors that did not find their place: {wrong[:3]}")
     return model.eval()
+
+
+@contextmanager
+def _hidden(packages: Iterable[str]) -> Generator[None]:
+    """Have imports of some packages fail."""
+    modules: dict[str, Any] = sys.modules  # None stands for a failure
+    kept = {package: modules.get(package) for package in packages}
+    modules.update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        for package, module in kept.items():
+            del modules[package]
+            if module is not None:
+                modules[package] = module
 
 
 @torch.inference_mode()

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from importlib import import_module
+from types import ModuleType
 
 import pytest
 
@@ -116,6 +119,32 @@ def test_transformers_without_the_class_declines(checkpoint, monkeypatch, capsys
     with pytest.raises(SystemExit):
         transformers_native.load(str(checkpoint))
     assert "has no NotYetForCausalLM" in capsys.readouterr().err
+
+
+def test_transformers_does_not_see_kernels_that_need_a_gpu(checkpoint, monkeypatch):
+    pytest.importorskip("transformers")
+    from kimi_convert.validation.parity.oracles import transformers_native
+
+    seen = []
+
+    class Library:
+        __version__ = "5"
+
+        def __getattr__(self, name):
+            for package in ("fla", "causal_conv1d"):
+                with pytest.raises(ModuleNotFoundError):
+                    import_module(package)
+                seen.append(package)
+            raise AttributeError(name)
+
+    there = ModuleType("fla")
+    monkeypatch.setitem(sys.modules, "fla", there)
+    monkeypatch.setattr(transformers_native, "transformers", Library())
+    with pytest.raises(SystemExit):
+        transformers_native.load(str(checkpoint))
+    assert seen == ["fla", "causal_conv1d"]
+    assert sys.modules["fla"] is there
+    assert "causal_conv1d" not in sys.modules
 
 
 def test_process_that_fails_gives_its_last_words(tmp_path):
