@@ -115,6 +115,23 @@ def _kept(fit: CalibrationReport) -> Report:
             rows,
             right=("KL", "KDA in a row"),
         ),
+        *_at_length(fit),
+    )
+
+
+def _at_length(fit: CalibrationReport) -> Report:
+    """Say how the choice does at longer contexts."""
+    if fit.long_context is None:
+        return ()
+    sets = " and ".join(
+        f"{kl:.4f} where {layers_text(kept)} stay" for kept, kl in fit.long_context.kl_of.items()
+    )
+    released = next(iter(fit.long_context.kl_of))
+    verdict = "the choice is overturned" if fit.kept == released else "the choice holds"
+    return (
+        Sentence(
+            f"At {fit.long_context.length} tokens, in the last half, the KL is {sets}: {verdict}."
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What computes the numbers of a report: versions, system, threads."""
+"""What computes the numbers of a report: versions, system, threads, GPUs."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def this_environment() -> Environment:
         torch=str(torch.__version__),
         system=platform.platform(),
         threads=torch.get_num_threads(),
+        gpus=tuple(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))),
     )

@@ -205,6 +205,7 @@ class Environment:
     torch: str
     system: str
     threads: int
+    gpus: tuple[str, ...]  # that torch finds, used or not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import CalibrationRecipe, InitMethod
 from kimi_convert.conversion.calibration.ahead import layers_ahead
 from kimi_convert.conversion.calibration.moves import MOVES
-from kimi_convert.conversion.calibration.streams import stays_in_memory
+from kimi_convert.conversion.calibration.streams import rows_together, stays_in_memory
 from kimi_convert.model.names.layout import expected_entries
 
 # moonlet-7m, 2 cores of an AMD EPYC (Zen 5): 9 TFLOP as counted here took 160 s, at 210 GFLOP/s in
@@ -31,7 +31,8 @@ _SIDE = 1024
 _DISTILL_PASSES = 5.0  # through both models, backwards included, in passes forwards
 _KDA_SHARE = 1.5  # parameters of a KDA mixer over those of the MLA that it replaces, roughly
 _KEPT_OF_STEP = 64.0  # values that a training step keeps, in those of the stream after each layer
-_FP32 = 4
+_FP32, _HALF = 4, 2
+_LOGITS_AT_ONCE = 5  # tensors of the size of the logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,8 @@ def calibration_cost(
     search = search_bytes(config, searched)
     ahead = layers_ahead(device, search_bytes=search)
     layer = max(_layer_bytes(entries).values())
-    memory = ahead * (layer + search) + sum(resident) + futures
+    kept, at_once = _logits_bytes(config, recipe)
+    memory = max(ahead * (layer + search), at_once) + kept + sum(resident) + futures
     if trained:
         memory = max(memory, _distill_bytes(config, recipe, entries, on_gpu=device.type != "cpu"))
     return CalibrationCost(
@@ -80,6 +82,13 @@ def calibration_cost(
         memory_bytes=int(memory),
         disk_bytes=int(sum(streams) - sum(resident)),
     )
+
+
+def _logits_bytes(config: ModelConfig, recipe: CalibrationRecipe) -> tuple[float, float]:
+    """Return what the teacher's predictions hold in fp16, and what those of some rows do at once."""
+    of_a_row = recipe.sequence_length * config.vocab_size
+    kept = _HALF * recipe.validation_tokens * config.vocab_size
+    return kept, _LOGITS_AT_ONCE * _FP32 * rows_together(of_a_row) * of_a_row
 
 
 def _distill_bytes(

@@ -46,7 +46,8 @@ def outcome_of(
     """
     teacher = student = agreed = 0.0
     kl = torch.zeros(guide.shape[1], dtype=torch.float64)  # by position
-    for rows in batches(len(guide)):
+    logits = guide.shape[1] * head(guide[:1, :1]).shape[-1]
+    for rows in batches(len(guide), values_per_row=logits):
         expected = head(guide[rows]).log_softmax(-1)
         found = (student_head or head)(stream[rows]).log_softmax(-1)
         targets = tokens[rows, 1:].to(found.device).unsqueeze(-1)

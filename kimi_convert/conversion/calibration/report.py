@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from kimi_convert.conversion.calibration.long_context import LongContext
 from kimi_convert.conversion.calibration.outcome import Outcome
 
 _FIRST_BASIS = "copied"  # what a search starts from
@@ -112,6 +113,7 @@ class CalibrationReport:
     compared: tuple[KeptSet, ...]  # the released pattern first
     layers: tuple[LayerFit, ...]
     validation: Outcome
+    long_context: LongContext | None = None  # where another set than the released is chosen
     distilled: Mapping[str, object] | None = None  # what the distillation noted
 
     def to_json(self) -> dict[str, object]:
@@ -125,6 +127,7 @@ class CalibrationReport:
                 {"kept": list(one.kept), "kl": one.kl, "longest_run_of_kda": one.longest_run}
                 for one in self.compared
             ],
+            "long_context": None if self.long_context is None else self.long_context.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
             "validation": self.validation.to_json(),
             **({} if self.distilled is None else {"distilled": dict(self.distilled)}),

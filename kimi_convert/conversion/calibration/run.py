@@ -29,6 +29,7 @@ from kimi_convert.conversion.calibration.distill import DistillInput, distill, o
 from kimi_convert.conversion.calibration.distill_pair import DISTILLED, distilled_name
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.hybrid import Ends, Hybrid, HybridLayer
+from kimi_convert.conversion.calibration.long_context import LongContext, compare_at_length
 from kimi_convert.conversion.calibration.report import (
     CalibrationReport,
     KeptSet,
@@ -100,7 +101,7 @@ def calibrate(
     store = CalibrationStore(Path(work_folder), _digest(source, path, recipe))
     with open_layers(source, device=device) as teacher:
         run = _Run(teacher, recipe, recipe.calibration, rows, store, on_progress)
-        study, choice = run.study()
+        study, choice, long = run.study()
         settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
         solved = run.solve(settled)
         distilled = run.distill(settled)
@@ -116,6 +117,7 @@ def calibrate(
         ),
         layers=tuple(_layer_fit(n, study, solved, store) for n in range(config.num_layers)),
         validation=solved.outcome if distilled is None else outcome_from(distilled),
+        long_context=long,
         distilled=distilled,
     )
     return Calibration(recipe=settled, store=store, report=report)
@@ -132,7 +134,7 @@ class _Run:
     store: CalibrationStore
     on_progress: ProgressCallback
 
-    def study(self) -> tuple[Study, LayerChoice]:
+    def study(self) -> tuple[Study, LayerChoice, LongContext | None]:
         """Measure every layer, and settle which of them stay."""
         config = self.teacher.config
         tokens = self.text.inputs
@@ -147,7 +149,20 @@ class _Run:
         study = study_layers(self.teacher, given, start, self.store, self.on_progress)
         sets = candidate_sets(study, released) if self.recipe.choose_layers else [released]
         choice = choose_layers(self.teacher, given, study, sets, self.store, self.on_progress)
-        return study, choice
+        if choice.kept == released:
+            return study, choice, None
+        long = compare_at_length(
+            self.teacher,
+            given,
+            study,
+            (released, choice.kept),
+            self.text.tokens[len(tokens) - self.text.validation_rows :, 1:],
+            self.store,
+            self.on_progress,
+        )
+        if long is not None and long.kl_of[released] < long.kl_of[choice.kept]:
+            choice = replace(choice, kept=released)
+        return study, choice, long
 
     def solve(self, settled: Recipe) -> SolvedStudent:
         """Solve the layers of the settled hybrid in order."""

@@ -19,6 +19,7 @@ from kimi_convert.model.block import DecoderLayer
 
 _ROWS = 8  # sequences in one call
 _GROUPS = 10
+_MOST_VALUES = 2**25  # at a time
 IN_MEMORY_BYTES = 2 * 1024**3
 
 
@@ -57,10 +58,22 @@ def stays_in_memory(nbytes: int, device: torch.device) -> bool:
     return device.type != "cpu" or nbytes <= IN_MEMORY_BYTES
 
 
-def batches(num_rows: int) -> Iterator[slice]:
-    """Yield runs of rows that go through a layer together."""
-    for start in range(0, num_rows, _ROWS):
-        yield slice(start, min(start + _ROWS, num_rows))
+def batches(num_rows: int, *, values_per_row: int = 1) -> Iterator[slice]:
+    """Yield runs of rows that go through a layer together.
+
+    Args:
+        num_rows: of all.
+        values_per_row: of what is made of a row; fewer rows go together where that is much, as the
+            logits of a large vocabulary are.
+    """
+    size = rows_together(values_per_row)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def rows_together(values_per_row: int) -> int:
+    """Return how many rows go through a layer together; see `batches`."""
+    return max(1, min(_ROWS, _MOST_VALUES // values_per_row))
 
 
 def groups(num_rows: int) -> list[slice]:

@@ -210,9 +210,9 @@ def _judge(
     given: StudyInput,
 ) -> Study:
     head = teacher.head()
-    log_probs = torch.cat(
-        [head(check[rows]).log_softmax(-1).half() for rows in batches(len(check))]
-    )
+    logits = check.shape[1] * teacher.config.vocab_size
+    runs = batches(len(check), values_per_row=logits)
+    log_probs = torch.cat([head(check[rows]).log_softmax(-1).half() for rows in runs])
     kls: dict[str, dict[int, float]] = {"kda": {}, "mla": {}}
     for (kind, layer_idx), stream in variants.items():
         kls[kind][layer_idx] = divergence(head, stream, log_probs)
@@ -229,7 +229,7 @@ def divergence(
 ) -> float:
     """Return KL(teacher || student) in nats per token, over rows of a last hidden stream."""
     total = 0.0
-    for rows in batches(len(stream)):
+    for rows in batches(len(stream), values_per_row=log_probs[0].numel()):
         guide = log_probs[rows].float()
         student = head(stream[rows]).log_softmax(-1)
         total += float((guide.exp() * (guide - student)).sum())

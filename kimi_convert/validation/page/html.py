@@ -184,6 +184,7 @@ def _provenance(data: ReportData) -> Iterable[str]:
         "torch": environment.torch,
         "python": environment.python,
         "system": f"{environment.system}, {environment.threads} threads of torch",
+        "GPU": ", ".join(environment.gpus) or "none",
     }
     if data.text is not None:
         made["text"] = f"{data.text.path}, sha256 {data.text.sha256}"

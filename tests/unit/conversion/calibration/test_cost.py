@@ -6,12 +6,19 @@ from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import default_recipe, with_training
 from kimi_convert.conversion.calibration.cost import calibration_cost
+from kimi_convert.conversion.calibration.streams import batches
 
 
 def cost_of(distill_tokens, device="cpu"):
     recipe = with_training(default_recipe(), align_steps=0, distill_tokens=distill_tokens)
     assert recipe.calibration is not None
     return calibration_cost(read_config(example_checkpoint()), recipe.calibration, device)
+
+
+def test_a_large_vocabulary_is_taken_a_sequence_at_a_time():
+    rows = [run.stop - run.start for run in batches(20, values_per_row=512 * 4096)]
+    assert rows == [8, 8, 4]
+    assert {run.stop - run.start for run in batches(20, values_per_row=512 * 163_840)} == {1}
 
 
 def test_distillation_is_counted_by_its_tokens():

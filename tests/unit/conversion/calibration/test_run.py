@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.commands._fit import fit_report
+from kimi_convert.commands._report import Sentence
 from kimi_convert.config.calibration import (
     AlignRecipe,
     CalibrationRecipe,
@@ -28,9 +30,11 @@ from kimi_convert.conversion.calibration import (
     hybrid,
     moves,
     outputs,
+    run,
     search,
 )
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
+from kimi_convert.conversion.calibration.long_context import LongContext
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
 from kimi_convert.model.loading import load_model
@@ -169,10 +173,24 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
         assert sum(layer["bases"].values()) == 4
     assert document["compared"][0]["kept"] == [3]
     best = min(document["compared"], key=lambda one: one["kl"])
-    assert document["kept"] == best["kept"]
+    assert document["kept"] == best["kept"] != [3]
+    assert [one["kept"] for one in document["long_context"]["sets"]] == [[3], best["kept"]]
     assert document["validation"]["tokens"] == 4 * LENGTH
     by_position = document["validation"]["kl_by_position"]
     assert by_position == {"0 to 23": pytest.approx(document["validation"]["kl"])}
+
+
+def test_choice_that_does_not_hold_at_length_is_overturned_and_said(tmp_path, text, monkeypatch):
+    def nearer(*given):
+        released, chosen = given[3]
+        return LongContext(length=96, kl_of={released: 0.25, chosen: 0.5})
+
+    monkeypatch.setattr(run, "compare_at_length", nearer)
+    result = convert(source_of(tmp_path), tmp_path / "hybrid", text)
+    assert result.fit is not None
+    assert result.fit.kept == result.plan.target_config.mla_layers == (3,)
+    said = [part.text for part in fit_report(result.fit) if isinstance(part, Sentence)]
+    assert any("At 96 tokens" in text and "overturned" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +271,7 @@ def test_alignment_lowers_the_loss_of_every_layer(tmp_path, text):
     for layer in result.fit.layers:
         first, last = layer.solved["align_losses"]
         assert last < first
-        assert layer.solved["align_tokens"] == 30 * 26 * LENGTH
+        assert layer.solved["align_tokens"] == 30 * (512 // LENGTH) * LENGTH
 
 
 def test_alignment_that_diverges_is_exit_6_and_keeps_what_is_finished(tmp_path, text, monkeypatch):

@@ -91,6 +91,20 @@ def test_page_needs_nothing_else(report):
     assert all(f'id="{key}"' in page for key in CHARTS)
 
 
+def test_page_has_a_row_for_every_layer_and_probe(report):
+    data = json.loads((report / "report.json").read_text())["quality"]
+    page = (report / "report.html").read_text()
+    (layers,) = re.findall(r"<h2>Layers beside the teacher's</h2>.*?</section>", page, re.DOTALL)
+    (lookups,) = re.findall(r"<h2>Looking up and continuing</h2>.*?</section>", page, re.DOTALL)
+    for layer in data["layers"]:
+        row = f"<tr><th>{layer['layer_idx']}</th><td>{layer['mixer'].upper()}</td>"
+        assert row in layers
+        assert f"<td>{layer['cosine']:.3f}</td><td>{layer['norm_ratio']:.3f}</td>" in layers
+    for probe in data["probes"]:
+        assert f"<th>{probe['name']}, {probe['size']}</th><td>{probe['answers']}</td>" in lookups
+    assert f"{data['greedy']['agreed']:.1%} are the teacher's" in lookups
+
+
 def test_plots_are_drawn(report):
     for key in CHARTS:
         with Image.open(report / f"{key}.png") as image:
