@@ -61,7 +61,7 @@ def last_parameter(store: CalibrationStore, layer_idx: int, name: str) -> torch.
 class Reached:
     """The whole student before and after, on validation tokens."""
 
-    before: Outcome  # before distillation, where there is one
+    before: Outcome
     after: Outcome
     distilled: Mapping[str, object] | None
 
@@ -107,8 +107,8 @@ class AlignStages:
                     seed=seed,
                 )
         if note is not None:
-            before, after = outcome_before(note), outcome_from(note)
-            return Reached(before=before, after=after, distilled=note)
+            before = outcome_before(note) if aligned is None else aligned.before
+            return Reached(before=before, after=outcome_from(note), distilled=note)
         if aligned is None:
             return None
         return Reached(before=aligned.before, after=aligned.after, distilled=None)
