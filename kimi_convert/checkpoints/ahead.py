@@ -8,7 +8,7 @@ from contextlib import closing
 from threading import Condition, Thread
 from typing import Generic, TypeVar
 
-_HELD_BYTES = 8 * 1024 * 1024
+_HELD_BYTES = 32 * 1024 * 1024  # so that there is work while a large tensor is computed
 
 Item = TypeVar("Item")
 

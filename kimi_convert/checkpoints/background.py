@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 _LANES = 2  # streams that are hashed at once: one hash takes longer than reading and writing
-_HELD_BYTES = 16 * 1024 * 1024
+_HELD_BYTES = 32 * 1024 * 1024
 _THREADED_BYTES = 64 * 1024  # below, handing over to a thread takes longer than hashing
 _SYNC_BYTES = 64 * 1024 * 1024
 
