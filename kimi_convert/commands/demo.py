@@ -60,7 +60,7 @@ def _quality(result: DemoResult) -> Iterator[Section]:
             yield sentence
         yield Sentence(
             "No gradient was taken: the hybrid is a start that is near its teacher. A full fit "
-            "takes five times the text; `convert --align 140` comes nearer still."
+            "takes five times the text; `convert --align 560` comes nearer still."
         )
 
 
