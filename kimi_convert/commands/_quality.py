@@ -54,19 +54,14 @@ def quality_report(quality: QualityReport) -> list[Section]:
 
 
 def _errors(quality: QualityReport) -> Table:
+    from kimi_convert.validation.layer_cells import error_cells
+
     rows = tuple(
         (
             str(layer.layer_idx),
             layer.mixer.upper(),
             "yes" if layer.converted else "no",
-            f"{layer.hidden:.4f}",
-            f"{layer.mixer_output:.4f}",
-            f"{layer.teacher_forced:.4f}",
-            f"{layer.cosine:.3f}",
-            f"{layer.norm_ratio:.3f}",
-            "-" if layer.router_agreement is None else f"{layer.router_agreement:.1%}",
-            # Rounding can leave it below 0.
-            "-" if layer.replaced_kl is None else f"{max(layer.replaced_kl, 0.0):.4f}",
+            *error_cells(layer),
         )
         for layer in quality.layers
     )

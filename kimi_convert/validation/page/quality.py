@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean, median
 
+from kimi_convert.validation.layer_cells import error_cells
 from kimi_convert.validation.page.data import ReportData
 from kimi_convert.validation.page.table import table_of
 from kimi_convert.validation.report import LayerErrors, QualityReport
@@ -55,13 +56,7 @@ def _layers(data: ReportData, quality: QualityReport) -> Iterable[str]:
             str(layer.layer_idx),
             layer.mixer.upper(),
             row.basis or "-",
-            f"{layer.hidden:.4f}",
-            f"{layer.mixer_output:.4f}",
-            f"{layer.teacher_forced:.4f}",
-            f"{layer.cosine:.3f}",
-            f"{layer.norm_ratio:.3f}",
-            "-" if layer.router_agreement is None else f"{layer.router_agreement:.1%}",
-            "-" if layer.replaced_kl is None else f"{max(layer.replaced_kl, 0.0):.4f}",
+            *error_cells(layer),
             *_dynamics(layer),
         )
         for row, layer in zip(data.layers, quality.layers, strict=True)
