@@ -7,10 +7,11 @@
 
 `speed` copies and converts the same bytes in turn, and gives the ratio of each pair: a busy machine
 slows both. Both begin some seconds after the last output was removed: a virtual machine gives free
-memory back to its host, and what writes before that finds faster memory. `memory` and `plan` take whole released models, right-shaped, their weights holes
-(`released_shapes`); `memory` converts one file of weights of each kind and deletes it, since few disks
-hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the same bytes with other programs. All work in
---folder, and remove what they wrote.
+memory back to its host, and what writes before that finds faster memory. `memory` and `plan` take
+whole released models, right-shaped, their weights holes (`released_shapes`), but for the first 10 GB
+where memory is measured; `memory` converts one file of weights of each kind and deletes it, since few
+disks hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the
+same bytes with other programs. All work in --folder, and remove what they wrote.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kimi_convert.bench.released_shapes import MODELS, write_shaped_checkpoint
 from kimi_convert.errors import KimiConvertError, ResourceError
 
 _PROGRAM = "python -m kimi_convert.bench.conversion"
+_FIRST_LAYERS = 10**10  # bytes that are real where memory is measured: the first layers
 _WHOLE = 10**18  # more bytes than any checkpoint here: all of them real
 
 
@@ -70,7 +72,8 @@ _COPY = 'cp -r "$1" "$2" && sync "$2"/*'
 
 def measure_memory(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Convert a whole model, or one file of each kind of it, in a process of its own."""
-    source = write_shaped_checkpoint(folder / "source", MODELS[options.model])
+    document = MODELS[options.model]
+    source = write_shaped_checkpoint(folder / "source", document, filled_bytes=_FIRST_LAYERS)
     if options.whole:
         cost = _removing(folder / "output", _convert(source, folder / "output"))
         return {"model": options.model, "seconds": cost.seconds, "peak_bytes": cost.peak_bytes}
