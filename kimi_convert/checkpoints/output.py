@@ -24,6 +24,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kimi_convert.checkpoints.clone import NO_EXTENTS, Extent
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes, write_all
 from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
 from kimi_convert.checkpoints.messages import listed, quoted, sized
@@ -145,14 +146,20 @@ class Output:
             )
 
     @contextmanager
-    def shard(self, planned: PlannedShard) -> Generator[ShardWriter]:
+    def shard(
+        self, planned: PlannedShard, extents: Mapping[str, Extent] = NO_EXTENTS
+    ) -> Generator[ShardWriter]:
         """Write one file of weights; all of its tensors must be written inside the block.
+
+        Args:
+            planned: what it will hold.
+            extents: where tensors lie that are carried over; see `ShardWriter`.
 
         Raises:
             VerificationError: the file does not become what the plan says.
             ResourceError: the disk does not take it.
         """
-        with ShardWriter(self.path_of(planned.file_name), planned) as writer:
+        with ShardWriter(self.path_of(planned.file_name), planned, extents) as writer:
             yield writer
             written = writer.finish()
         self.finish_shard(written)

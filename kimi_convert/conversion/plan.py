@@ -13,6 +13,7 @@ from pathlib import Path
 from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
 from kimi_convert.checkpoints.mapping import Dropped
 from kimi_convert.checkpoints.shard_plan import ShardPlan, plan_shards
+from kimi_convert.checkpoints.shared_layout import share_layout
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
@@ -22,7 +23,7 @@ from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.conversion.task_memory import task_bytes
-from kimi_convert.conversion.tasks import TensorTask, as_stored, tensor_tasks
+from kimi_convert.conversion.tasks import TensorTask, as_stored, copies, tensor_tasks
 from kimi_convert.errors import MappingError
 from kimi_convert.model.names.layout import (
     MatchedCheckpoint,
@@ -163,13 +164,14 @@ def _plan(
     _check_all_read(matched, tasks)
     used = {name for task in tasks for name in task.sources}
     kept = {stored for name in used for stored in weights[name].stored_names}
+    shards = plan_shards((task.tensor for task in tasks), max_shard_bytes)
     return ConversionPlan(
         index=index,
         source_config=source_config,
         target_config=target,
         recipe=recipe,
         tasks=tasks,
-        shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
+        shards=share_layout(shards, copies(tasks, weights), max_shard_bytes),
         weights={
             weight.name: weight
             for weight in sorted(weights.values(), key=_by_place)
