@@ -13,6 +13,8 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 from types import MappingProxyType
 
 from kimi_convert.checkpoints.index import ShardFile
@@ -44,6 +46,34 @@ def extents_of(
 ) -> Mapping[str, Extent]:
     """Return, by the names they are written under, where tensors lie in files that are there."""
     return {name: Extent(files[stored.shard], stored.start) for name, stored in copies.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Shareable:
+    """Bytes of an output that need no room on a disk that shares blocks with their source."""
+
+    nbytes: int
+    files: tuple[Path, ...]  # that hold them
+
+    def bytes_in(self, folder: Path) -> int:
+        """Return how many can be shared in a folder: tried with a block of each file.
+
+        Raises:
+            CheckpointError: a file cannot be opened.
+        """
+        if not self.nbytes:
+            return 0
+        try:
+            with TemporaryFile(dir=folder) as target:
+                for path in self.files:
+                    with open_regular(path) as source:
+                        _clone(target.fileno(), 0, source, 0, BLOCK_BYTES)
+        except OSError:
+            return 0
+        return self.nbytes
+
+
+NOTHING_SHAREABLE = Shareable(0, ())
 
 
 class Cloner:
@@ -78,9 +108,8 @@ class Cloner:
         first = -(-at // BLOCK_BYTES) * BLOCK_BYTES
         last = (at + nbytes) // BLOCK_BYTES * BLOCK_BYTES
         with open_regular(extent.file.path) as source:
-            argument = _ARGUMENT.pack(source, extent.start + first - at, last - first, first)
             try:
-                fcntl.ioctl(target, _FICLONERANGE, argument)
+                _clone(target, first, source, extent.start + first - at, last - first)
             except OSError as error:
                 if error.errno in _FULL:
                     raise
@@ -88,3 +117,8 @@ class Cloner:
                 return _NOTHING
             extent.file.check_unchanged(os.fstat(source))
         return range(first, last)
+
+
+def _clone(target: int, at: int, source: int, start: int, nbytes: int) -> None:
+    """Let bytes of one open file from `at` on share the blocks of another from `start` on."""
+    fcntl.ioctl(target, _FICLONERANGE, _ARGUMENT.pack(source, start, nbytes, at))

@@ -24,7 +24,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kimi_convert.checkpoints.clone import NO_EXTENTS, Extent
+from kimi_convert.checkpoints.clone import NO_EXTENTS, NOTHING_SHAREABLE, Extent, Shareable
 from kimi_convert.checkpoints.disk import disk_errors, free_bytes, write_all
 from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
 from kimi_convert.checkpoints.messages import listed, quoted, sized
@@ -129,13 +129,19 @@ class Output:
         except CheckpointError:
             return False
 
-    def require_space(self, nbytes: int) -> None:
+    def require_space(self, nbytes: int, shareable: Shareable = NOTHING_SHAREABLE) -> None:
         """Check, before the first byte, that the disk has room.
+
+        Args:
+            nbytes: to be written.
+            shareable: what of it needs no room where blocks can be shared.
 
         Raises:
             ResourceError: fewer than `nbytes` bytes are free.
         """
         free = free_bytes(self.folder)
+        if free is not None and free < nbytes:
+            nbytes -= shareable.bytes_in(self._staging.path)
         if free is not None and free < nbytes:
             raise ResourceError(
                 "not enough disk space for the output",

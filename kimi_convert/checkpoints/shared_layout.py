@@ -11,11 +11,12 @@ What comes out depends on the two plans alone: a file system that shares nothing
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from kimi_convert.checkpoints.clone import BLOCK_BYTES, LEAST_BYTES
+from kimi_convert.checkpoints.clone import BLOCK_BYTES, LEAST_BYTES, Shareable
 from kimi_convert.checkpoints.dtypes import DTYPES
+from kimi_convert.checkpoints.index import ShardFile
 from kimi_convert.checkpoints.safetensors_header import (
     HEADER_MULTIPLE,
     MAX_HEADER_BYTES,
@@ -23,6 +24,7 @@ from kimi_convert.checkpoints.safetensors_header import (
 )
 from kimi_convert.checkpoints.shard_plan import PlannedShard, PlannedTensor, ShardPlan
 
+_ENDS_BYTES = 2 * BLOCK_BYTES  # of a tensor, at most: blocks that hold others' bytes too
 _WORTH_BYTES = 16 * 2**20  # for less, a file stays as it is
 
 
@@ -40,8 +42,19 @@ def share_layout(
 
 
 def shared_bytes(shard: PlannedShard, sources: Mapping[str, TensorSpec]) -> int:
-    """Return how many bytes of a file lie as in their source, but for the ends of tensors."""
+    """Return how many bytes of a file can be shared at least."""
     return _by_shift(shard.tensors, sources).get(shard.header_bytes % BLOCK_BYTES, 0)
+
+
+def shareable(
+    shards: Iterable[PlannedShard],
+    copies: Mapping[str, TensorSpec],
+    files: Mapping[str, ShardFile],
+) -> Shareable:
+    """Return what of these files need not take room; `files` are those of the source, by name."""
+    used = {stored.shard for stored in copies.values() if stored.nbytes >= LEAST_BYTES}
+    nbytes = sum(shared_bytes(shard, copies) for shard in shards)
+    return Shareable(nbytes, tuple(files[name].path for name in sorted(used)))
 
 
 def _arranged(
@@ -79,7 +92,7 @@ def _by_shift(
     for tensor in tensors:
         source = sources.get(tensor.name)
         if source is not None and tensor.nbytes >= LEAST_BYTES:
-            found[(source.start - at) % BLOCK_BYTES] += tensor.nbytes
+            found[(source.start - at) % BLOCK_BYTES] += tensor.nbytes - _ENDS_BYTES
         at += tensor.nbytes
     return found
 

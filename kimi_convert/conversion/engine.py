@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_convert import __version__
+from kimi_convert.checkpoints.clone import NOTHING_SHAREABLE
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
@@ -131,9 +132,12 @@ def _write_weights(
     finished = target.open_journal(run_digest(plan, fit))
     written = sum(one.written.nbytes for one in finished.values())
     small = sum((plan.source / name).stat().st_size for name in carried)
-    target.require_space(plan.write_bytes - written + small)
     copied = {name: one.notes for name, one in finished.items()}
     jobs = shard_jobs(plan, fit, target.path_of, tuple(finished))
+    target.require_space(
+        plan.write_bytes - written + small,
+        plan.shareable(job.shard for job in jobs) if runner.in_place else NOTHING_SHAREABLE,
+    )
     total = plan.shards.total_size
     before = total - sum(job.shard.data_bytes for job in jobs)
 

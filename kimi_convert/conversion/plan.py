@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_convert.checkpoints.clone import Shareable
 from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
 from kimi_convert.checkpoints.mapping import Dropped
-from kimi_convert.checkpoints.shard_plan import ShardPlan, plan_shards
-from kimi_convert.checkpoints.shared_layout import share_layout
+from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan, plan_shards
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
@@ -82,6 +83,12 @@ class ConversionPlan:
         """Bytes of the tensors that are carried over unchanged."""
         return sum(task.tensor.nbytes for task in self.tasks if task.op is Op.COPY)
 
+    def shareable(self, shards: Iterable[PlannedShard] | None = None) -> Shareable:
+        """Return what of these files, or of all, can have the source's blocks instead of room."""
+        carried = copies(self.tasks, self.weights)
+        wanted = self.shards.shards if shards is None else shards
+        return shareable(wanted, carried, self.index.shards)
+
     @property
     def peak_memory_bytes(self) -> int:
         """Bytes of tensors in memory at once, at most: the largest tensor that is made."""
@@ -104,6 +111,7 @@ class ConversionPlan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "copied_bytes": self.copied_bytes,
+            "shareable_bytes": self.shareable().nbytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "runtimes": [support.to_json() for support in self.runtimes],
             "files": [

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from kimi_convert.checkpoints.clone import extents_of
+from kimi_convert.checkpoints.clone import Shareable, extents_of
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.output import Output
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
-from kimi_convert.checkpoints.shared_layout import share_layout
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
@@ -43,6 +43,11 @@ class Rewriting:
     entries: Mapping[str, Entry]  # by the name that is written
     shards: ShardPlan
     copies: Mapping[str, TensorSpec]  # where the bytes lie that stay, by name
+
+    @property
+    def shareable(self) -> Shareable:
+        """What of the files can have the student's blocks instead of room."""
+        return shareable(self.shards.shards, self.copies, self.index.shards)
 
 
 def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> Rewriting:

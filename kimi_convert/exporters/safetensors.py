@@ -22,7 +22,7 @@ from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
 from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
-from kimi_convert.checkpoints.shared_layout import share_layout
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader, decoding_bytes
@@ -137,7 +137,8 @@ def export_safetensors(
     record = read_conversion_record(checkpoint)
     with open_output(output, source=checkpoint) as target:
         small = sum((checkpoint / name).stat().st_size for name in job.carried)
-        target.require_space(job.shards.file_bytes + small)
+        shared = shareable(job.shards.shards, job.copies, job.index.shards)
+        target.require_space(job.shards.file_bytes + small, shared)
         _write_weights(target, job, on_progress)
         for name in job.carried:
             target.copy_file(checkpoint / name)
