@@ -65,6 +65,7 @@ class ShardHeader:
     metadata: Mapping[str, str]
     file_bytes: int
     mtime_ns: int  # when the header was read
+    ctime_ns: int
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -80,7 +81,7 @@ def read_header(path: Path) -> ShardHeader:
         header_bytes = parse_length(start, file_bytes=size, where=path)
         text = read_exactly(descriptor, header_bytes, offset=LENGTH_BYTES, path=path)
     tensors, metadata = parse_header(text, shard=path.name, file_bytes=size, where=path)
-    return ShardHeader(tensors, metadata, size, status.st_mtime_ns)
+    return ShardHeader(tensors, metadata, size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def parse_length(start: bytes, *, file_bytes: int, where: object) -> int:

@@ -129,7 +129,8 @@ def _write_weights(
     on_progress: ProgressCallback,
 ) -> dict[str, str]:
     """Write the files of weights that are missing; return the SHA-256 of what was copied."""
-    finished = target.open_journal(run_digest(plan, fit))
+    states = _source_states(plan) if runner.in_place else {}  # what is fetched is always new
+    finished = target.open_journal(run_digest(plan, fit), states)
     written = sum(one.written.nbytes for one in finished.values())
     small = sum((plan.source / name).stat().st_size for name in carried)
     copied = {name: one.notes for name, one in finished.items()}
@@ -142,7 +143,8 @@ def _write_weights(
     before = total - sum(job.shard.data_bytes for job in jobs)
 
     def on_done(job: ShardJob, result: ShardResult) -> None:
-        target.finish_shard(result.written, result.copied)
+        sources = {name: states[name] for name in job.index.shards if name in states}
+        target.finish_shard(result.written, result.copied, sources)
         copied[job.shard.file_name] = result.copied
 
     def on_bytes(done: int, detail: str) -> None:
@@ -155,6 +157,15 @@ def _write_weights(
         for shard in plan.shards.shards
         for name, digest in copied[shard.file_name].items()
     }
+
+
+def _source_states(plan: ConversionPlan) -> dict[str, str]:
+    """Return, for each file of the source, what nobody can set back who writes over it.
+
+    Rights, owner and links change it too: to tell these from other content takes reading the file,
+    as does making anew what it became.
+    """
+    return {name: str(file.ctime_ns) for name, file in plan.index.shards.items()}
 
 
 def run_digest(plan: ConversionPlan, fit: Fit | None) -> str:

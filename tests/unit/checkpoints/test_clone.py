@@ -44,7 +44,7 @@ def sources(folder, content=None):
         path = folder / f"{name}.source"
         path.write_bytes(bytes(BEFORE[name]) + data)
         status = path.stat()
-        file = ShardFile(path, status.st_size, status.st_mtime_ns)
+        file = ShardFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         extents[name] = Extent(file, BEFORE[name])
     return extents
 
