@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -176,6 +177,7 @@ def finished_files(folder):
 
 
 def test_finished_files_are_kept_where_nobody_touched_their_source(source, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     finished = finished_files(interrupted(source, tmp_path / "out"))
     convert(source, tmp_path / "out", resume=True)
     assert len(finished) == 3
@@ -184,6 +186,7 @@ def test_finished_files_are_kept_where_nobody_touched_their_source(source, tmp_p
 
 
 def test_source_with_other_rights_costs_time_alone(source, tmp_path, whole, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
     interrupted(source, tmp_path / "out")
     for path in source.glob("*.safetensors"):
         path.chmod(0o640)
