@@ -16,19 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kimi_convert.kernels.backend import Backend
+from kimi_convert.kernels.kda.ahead import compile_ahead
 from kimi_convert.kernels.kda.arguments import Arguments
-from kimi_convert.kernels.kda.chunks import Chunks
 from kimi_convert.kernels.kda.cuda.choice import takes_cuda
 from kimi_convert.kernels.kda.cuda.intra import kda_intra_cuda
 from kimi_convert.kernels.kda.cuda.key_gradients import kda_key_gradients_cuda, serves_gradients
 from kimi_convert.kernels.kda.device import BOUNDED, PRECOMPUTED, SOFTPLUS
 from kimi_convert.kernels.kda.gate import Gate
-from kimi_convert.kernels.kda.gradients import kda_gradients
+from kimi_convert.kernels.kda.gradients import kda_key_gradients
 from kimi_convert.kernels.kda.intra import kda_intra
+from kimi_convert.kernels.kda.passes import run_backward, run_forward
 from kimi_convert.kernels.kda.problem import Problem
-from kimi_convert.kernels.kda.scan import kda_scan
-from kimi_convert.kernels.kda.scan_backward import kda_scan_backward
-from kimi_convert.kernels.kda.value_gradients import kda_value_gradients
 
 # Tokens that are solved together. In fp32, 64 have up to 2.4 times the error of the recurrence
 # where keys are alike, 32 up to 1.8 times; in half precision other roundings outweigh that.
@@ -49,8 +47,9 @@ def chunk_kda_gpu(call: Arguments, backend: Backend | None) -> tuple[Tensor, Ten
     if not call.needs_grad:
         problem = _problem(call)
         with_cuda = takes_cuda(problem, backend)
-        chunks = _intra(problem, with_cuda=with_cuda)
-        scanned = kda_scan(problem, chunks, _contiguous(call.initial_state))
+        state = _contiguous(call.initial_state)
+        compile_ahead(problem, state, with_cuda=with_cuda, with_gradients=False)
+        scanned = run_forward(problem, state, kda_intra_cuda if with_cuda else kda_intra)
         return scanned.output, scanned.final
     bare = replace(call, gate=None, qk_norm=False, beta_logits=False)
     problem = _problem(call)
@@ -83,7 +82,9 @@ class _FusedKda(torch.autograd.Function):
         """Run the two stages."""
         call = _with(call, q, k, v, g, beta, A_log, dt_bias, initial_state)
         problem = _problem(call)
-        scanned = kda_scan(problem, kda_intra_cuda(problem), _contiguous(initial_state))
+        state = _contiguous(initial_state)
+        compile_ahead(problem, state, with_cuda=True, with_gradients=True)
+        scanned = run_forward(problem, state, kda_intra_cuda)
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial_state)
         ctx.call = replace(
             call, q=None, k=None, v=None, g=None, beta=None, initial_state=None, gate=None
@@ -103,21 +104,18 @@ class _FusedKda(torch.autograd.Function):
         call = _with(ctx.call, *ctx.saved_tensors, lower_bound=ctx.lower_bound)
         problem = _problem(call)
         state = _contiguous(call.initial_state)
-        chunks = kda_intra_cuda(problem, for_gradients=True)
-        scanned = kda_scan(problem, chunks, state, for_gradients=True)
-        d_output = _like(d_output, problem.v)
-        d_scan = kda_scan_backward(problem, chunks, d_output, _contiguous(d_final))
-        by_values = kda_value_gradients(problem, chunks, scanned, d_output, d_scan)
-        d_inputs = kda_key_gradients_cuda(problem, scanned, d_output, d_scan, by_values)
+        d_output, d_final = _like(d_output, problem.v), _contiguous(d_final)
+        behind = run_backward(problem, state, d_output, d_final, kda_intra_cuda)
+        d_inputs = kda_key_gradients_cuda(problem, *behind)
         return (
             d_inputs.q.to(call.q.dtype),
             d_inputs.k.to(call.k.dtype),
-            by_values.v,
+            behind.by_values.v,
             d_inputs.g,
             d_inputs.beta.to(call.beta.dtype),
             d_inputs.A_log,
             d_inputs.dt_bias,
-            None if state is None else d_scan.initial,
+            None if state is None else behind.d_scan.initial,
             None,
         )
 
@@ -139,7 +137,9 @@ class _PreparedKda(torch.autograd.Function):
         """Run the two stages."""
         call = replace(call, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
         problem = _problem(call)
-        scanned = kda_scan(problem, kda_intra(problem), _contiguous(initial_state))
+        state = _contiguous(initial_state)
+        compile_ahead(problem, state, with_cuda=False, with_gradients=True)
+        scanned = run_forward(problem, state, kda_intra)
         ctx.save_for_backward(q, k, v, g, beta, initial_state)
         ctx.call = replace(call, q=None, k=None, v=None, g=None, beta=None, initial_state=None)
         ctx.set_materialize_grads(False)
@@ -156,19 +156,17 @@ class _PreparedKda(torch.autograd.Function):
         names = ("q", "k", "v", "g", "beta", "initial_state")
         call = replace(ctx.call, **dict(zip(names, ctx.saved_tensors, strict=True)))
         problem = _problem(call)
-        chunks = kda_intra(problem, for_gradients=True)
         state = _contiguous(call.initial_state)
-        scanned = kda_scan(problem, chunks, state, for_gradients=True)
-        d_output = _like(d_output, problem.v)
-        d_scan = kda_scan_backward(problem, chunks, d_output, _contiguous(d_final))
-        d_inputs = kda_gradients(problem, chunks, scanned, d_output, d_scan)
+        d_output, d_final = _like(d_output, problem.v), _contiguous(d_final)
+        behind = run_backward(problem, state, d_output, d_final, kda_intra)
+        d_inputs = kda_key_gradients(problem, *behind)
         return (
             _of_shared_head(d_inputs.q, call.q),
             _of_shared_head(d_inputs.k, call.k),
             d_inputs.v,
             d_inputs.g.to(call.g.dtype),
             d_inputs.beta.to(call.beta.dtype),
-            None if state is None else d_scan.initial,
+            None if state is None else behind.d_scan.initial,
             None,
         )
 
@@ -178,10 +176,6 @@ def law_of(call: Arguments) -> int:
     if call.gate is None:
         return PRECOMPUTED.value
     return SOFTPLUS.value if call.gate.lower_bound is None else BOUNDED.value
-
-
-def _intra(problem: Problem, *, with_cuda: bool) -> Chunks:
-    return kda_intra_cuda(problem) if with_cuda else kda_intra(problem)
 
 
 def _with(

@@ -1,4 +1,4 @@
-"""Gradients of prepared inputs on Triton, when both ways of the state are known."""
+"""The stage `key_gradients` on Triton, which gives the gradients of prepared inputs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kimi_convert.kernels.kda.chunks import Chunks
 from kimi_convert.kernels.kda.key_gradients import kda_key_gradients_kernel
 from kimi_convert.kernels.kda.problem import TILE_K, TILE_V, Problem
 from kimi_convert.kernels.kda.scan import Scanned
 from kimi_convert.kernels.kda.scan_backward import ScanGradients
-from kimi_convert.kernels.kda.value_gradients import kda_value_gradients
+from kimi_convert.kernels.kda.value_gradients import ValueGradients
 
 # As in `intra`, but one factor alone multiplies a sum of gradients before the other does: half the
 # range is left to them.
@@ -29,16 +28,15 @@ class Gradients(NamedTuple):
     beta: Tensor  # [B, T, HV] fp32
 
 
-def kda_gradients(
+def kda_key_gradients(
     problem: Problem,
-    chunks: Chunks,
     scanned: Scanned,
     d_output: Tensor,
     d_scan: ScanGradients,
+    by_values: ValueGradients,
 ) -> Gradients:
-    """Run both kernels; d_output [B, T, HV, V] is contiguous."""
+    """Run the kernel; d_output [B, T, HV, V] is contiguous."""
     p = problem
-    by_values = kda_value_gradients(p, chunks, scanned, d_output, d_scan)
     # Heads that share a query and a key: their gradients are summed, so not rounded before.
     dtype = p.q.dtype if p.H == p.HV else torch.float32
     shape = p.v.shape[:3]
@@ -49,7 +47,7 @@ def kda_gradients(
         g=p.empty(*shape, p.K, dtype=torch.float32),
         beta=by_values.beta,
     )
-    kda_key_gradients_kernel[(p.total_chunks, p.HV)](
+    p.launcher(kda_key_gradients_kernel, p.total_chunks, p.HV)(
         *(p.q, p.k, p.g, p.beta, d_output, by_values.v, by_values.reads, by_values.a),
         *(scanned.states, scanned.deltas, d_scan.states, p.cu_seqlens, p.chunk_offsets),
         *(gradients.q, gradients.k, gradients.g, gradients.beta),

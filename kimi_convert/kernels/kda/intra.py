@@ -190,7 +190,7 @@ def run_steep_chunks(problem: Problem, chunks: Chunks) -> None:
 
 def _run(problem: Problem, chunks: Chunks, *, steep: bool) -> None:
     p = problem
-    kda_intra_kernel[(p.total_chunks, p.HV)](
+    p.launcher(kda_intra_kernel, p.total_chunks, p.HV)(
         *(p.q, p.k, p.g, p.beta, p.A_log, p.dt_bias, p.cu_seqlens, p.chunk_offsets),
         *chunks,
         *(p.T, p.num_chunks, p.N, p.H, p.HV, p.scale, p.lower_bound),

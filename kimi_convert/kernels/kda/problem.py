@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
 from kimi_convert.kernels.kda.device import SINGLE_PRECISION
 
@@ -54,6 +58,7 @@ class Problem:
     num_chunks: int = field(init=False)  # of each sequence; of the longest possible where packed
     total_chunks: int = field(init=False)  # of all; where packed, no fewer than there can be
     dtype: torch.dtype = field(init=False)  # that matrix products are computed on: v's
+    rehearsed: bool = field(init=False)  # on the meta device: kernels are compiled, not launched
 
     def __post_init__(self) -> None:
         """Work out the sizes."""
@@ -66,10 +71,15 @@ class Problem:
         self.num_chunks = -(-self.T // self.C)
         self.total_chunks = self.T // self.C + self.N if self.packed else self.N * self.num_chunks
         self.dtype = self.v.dtype
+        self.rehearsed = self.v.is_meta
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Allocate scratch or output in the operands' dtype, or another."""
         return self.v.new_empty(shape, dtype=dtype)
+
+    def launcher(self, kernel: KernelInterface[Any], *grid: int) -> Callable[..., object]:
+        """Return what launches a kernel, or compiles it where the problem is rehearsed."""
+        return partial(kernel.run, grid=grid, warmup=self.rehearsed)
 
     def aligned(self, values: Tensor, tile: int) -> bool:
         """Whether tiles of values [B, T, HV, V] hold whole heads, and every row starts at 16 bytes."""

@@ -156,7 +156,7 @@ def kda_scan(
     )
     tile_v, stages = scan_tiles(p)
     allow_descriptors()
-    kda_scan_kernel[(p.N * p.HV, p.BV // tile_v)](
+    p.launcher(kda_scan_kernel, p.N * p.HV, p.BV // tile_v)(
         *(chunks.w, chunks.qg, chunks.kg, chunks.reads, chunks.solve, chunks.decay),
         *(p.v, initial_state, p.cu_seqlens, p.chunk_offsets),
         *scanned,

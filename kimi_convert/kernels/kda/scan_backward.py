@@ -134,7 +134,7 @@ def kda_scan_backward(
     )
     tile_v, stages = scan_tiles(p)
     allow_descriptors()
-    kda_scan_backward_kernel[(p.N * p.HV, p.BV // tile_v)](
+    p.launcher(kda_scan_backward_kernel, p.N * p.HV, p.BV // tile_v)(
         *(chunks.w, chunks.qg, chunks.kg, chunks.reads, chunks.decay),
         *(d_output, d_final, p.cu_seqlens, p.chunk_offsets),
         *gradients,

@@ -119,7 +119,7 @@ def kda_value_gradients(
         reads=torch.empty_like(chunks.reads),
         a=torch.empty_like(chunks.reads),
     )
-    kda_value_gradients_kernel[(p.total_chunks, p.HV)](
+    p.launcher(kda_value_gradients_kernel, p.total_chunks, p.HV)(
         *(p.v, p.beta, d_output, chunks.kd, chunks.inverse),
         *(scanned.states, scanned.deltas, d_scan.deltas, p.cu_seqlens, p.chunk_offsets),
         *gradients,
