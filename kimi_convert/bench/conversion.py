@@ -14,7 +14,8 @@ whole released models, right-shaped, their weights holes (`released_shapes`), bu
 where memory is measured; `memory` converts one file of weights of each kind and deletes it, since few
 disks hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the
 same bytes with other programs. `shared` tells which part of an output needs no room on a disk that
-shares blocks, and `speed --source DISK` reads from another disk, so that nothing is shared. All work in --folder, and remove what they wrote.
+shares blocks, and `speed --source DISK` reads from another disk, so that nothing is shared. All work in
+--folder, and remove what they wrote.
 """
 
 from __future__ import annotations
