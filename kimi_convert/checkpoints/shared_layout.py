@@ -5,7 +5,7 @@ a safetensors file may end in spaces, so the tensors of one file can be moved to
 suits the most bytes. They keep their places within a block where those before them fill whole
 blocks, so it may also pay to put the others last.
 
-What comes out depends on the two plans alone: a file system that shares nothing gets the same bytes.
+What comes out depends on plan and headers alone: a file system that shares nothing gets the same bytes.
 """
 
 from __future__ import annotations
