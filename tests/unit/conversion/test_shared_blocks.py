@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import struct
@@ -21,6 +22,8 @@ from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.checkpoints.shared_layout import shared_bytes
 from kimi_convert.checkpoints.staging import PARTIAL_FOLDER
+from kimi_convert.cli import main
+from kimi_convert.commands._numbers import bytes_text
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.conversion.plan import plan_conversion
@@ -161,6 +164,16 @@ class Fetched(Processes):
 
     def __init__(self):
         super().__init__(1)
+
+
+def test_plan_says_how_much_takes_no_room(tmp_path, capsys):
+    source = write_source(tmp_path / "source")
+    arguments = ["plan", str(source), "--max-shard-size", str(SHARD_BYTES)]
+    assert main([*arguments, "--json"]) == 0
+    shared = json.loads(capsys.readouterr().out)["shareable_bytes"]
+    assert 40 * 2**20 < shared < 50 * 2**20
+    assert main(arguments) == 0
+    assert f"{bytes_text(shared)} take no room" in capsys.readouterr().out
 
 
 def test_bytes_are_the_same_wherever_blocks_are_shared(tmp_path, monkeypatch):
