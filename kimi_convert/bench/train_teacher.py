@@ -29,6 +29,7 @@ from torch import nn
 from kimi_convert.bench.teacher_text import training_tokens
 from kimi_convert.checkpoints.examples import calibration_text, example_checkpoint, heldout_text
 from kimi_convert.config.huggingface import parse_config
+from kimi_convert.conversion.calibration.captured import CapturedStep, Rates
 from kimi_convert.errors import KimiConvertError, OutputError
 from kimi_convert.model.mla_transformer import MlaTransformer
 from kimi_convert.model.moe import Router
@@ -128,31 +129,36 @@ def train(model: MlaTransformer, tokens: torch.Tensor, schedule: Schedule) -> li
     """Train on rows from anywhere in a run of tokens [n]; return the loss every so many steps."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    on_gpu = tokens.is_cuda
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": vectors}],
         lr=_RATE,
         betas=_BETAS,
         weight_decay=0.0,
-        fused=tokens.is_cuda,
+        fused=on_gpu,
+        capturable=on_gpu,
     )
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    loads = [_Load(router) for router in routers]
-    draws = torch.Generator(tokens.device).manual_seed(schedule.seed)
-    losses: list[float] = []
-    started = time.monotonic()
-    for step in range(schedule.steps):
-        rate = _RATE * _share(step, schedule.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _loss(model, _rows(tokens, schedule, draws))
+    loads = [_Load(module) for module in model.modules() if isinstance(module, Router)]
+
+    def update(rows: torch.Tensor) -> torch.Tensor:
+        loss = _loss(model, rows)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([*matrices, *vectors], _CLIP)
         optimizer.step()
         for load in loads:
             load.balance()
+        return loss
+
+    rates, take = Rates(optimizer, tokens.device), CapturedStep(update, tokens.device)
+    draws = torch.Generator(tokens.device).manual_seed(schedule.seed)
+    losses: list[float] = []
+    started = time.monotonic()
+    for step in range(schedule.steps):
+        rates.scale(_share(step, schedule.steps))
+        loss = take(_rows(tokens, schedule, draws))
         if step % _TOLD_EVERY == 0 or step == schedule.steps - 1:
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             seconds = time.monotonic() - started
             sys.stderr.write(f"step {step}: loss {losses[-1]:.3f}, {seconds:.0f} s\n")
     return losses
@@ -192,7 +198,9 @@ class _Load:
     def balance(self) -> None:
         """Move every expert's bias a step towards the mean load."""
         if self.bias is not None:
-            loads = self.chosen.bincount(minlength=self.count).float()
+            # Not bincount, which waits for the device.
+            loads = self.bias.new_zeros(self.count)
+            loads.scatter_add_(0, self.chosen, torch.ones_like(self.chosen, dtype=loads.dtype))
             self.bias += _BIAS_STEP * (loads.mean() - loads).sign()
 
 

@@ -146,8 +146,7 @@ class Experts(nn.Module):
         Returns:
             [N, D] in the dtype of `tokens`.
         """
-        small = self.gate.numel() <= _SMALL_EXPERTS and len(tokens) >= _MANY_TOKENS
-        if small and tokens.device.type == "cuda":
+        if self.runs_all(len(tokens), tokens.device):
             return self.run_all(tokens, routing)
         chosen = routing.experts.flatten()  # [N k]
         order = chosen.argsort(stable=True)
@@ -161,6 +160,11 @@ class Experts(nn.Module):
                 # A token is in a part at most once, so the order of additions is fixed.
                 total.index_add_(0, row, self._run(expert, tokens[row]) * weight)
         return total.to(tokens.dtype)
+
+    def runs_all(self, num_tokens: int, device: torch.device) -> bool:
+        """Say whether all experts run on so many tokens: then what is launched is always the same."""
+        small = self.gate.numel() <= _SMALL_EXPERTS and num_tokens >= _MANY_TOKENS
+        return small and device.type == "cuda"
 
     def run_all(self, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return the same as `forward`, with every expert run on every token, without a wait."""

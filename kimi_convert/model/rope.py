@@ -7,6 +7,7 @@ part of `MlaConfig.softmax_scale`. Angles are fp32, and so is the rotation, what
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,17 @@ def rotation_at(rope: RopeConfig, positions: torch.Tensor, *, dim: int) -> Rotat
         positions: [T] integers, counted from 0.
         dim: how many dims rotate, r.
     """
-    frequencies = rope_frequencies(rope, dim=dim).to(positions.device)
+    frequencies = _frequencies_on(rope, dim, positions.device)
     angles = positions.to(torch.float32)[:, None] * frequencies  # [T, r/2]
     factor = rope.yarn.rotation_factor if rope.yarn else 1.0
     return Rotation(angles.cos() * factor, angles.sin() * factor)
+
+
+@lru_cache(maxsize=64)
+def _frequencies_on(rope: RopeConfig, dim: int, device: torch.device) -> torch.Tensor:
+    """Copy the frequencies to a device once: a copy waits, and a CUDA graph cannot hold one."""
+    with torch.inference_mode(mode=False):  # else what trains later could not use them
+        return rope_frequencies(rope, dim=dim).to(device)
 
 
 def rotate(x: torch.Tensor, rotation: Rotation, *, interleaved: bool) -> torch.Tensor:

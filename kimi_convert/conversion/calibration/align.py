@@ -15,6 +15,7 @@ import torch
 from torch.func import functional_call
 
 from kimi_convert.config.calibration import AlignRecipe
+from kimi_convert.conversion.calibration.captured import CapturedStep, Rates
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.errors import VerificationError
 
@@ -94,33 +95,59 @@ def align_mixer(
     Raises:
         VerificationError: the loss grows or is not finite. The student is unchanged.
     """
-    parameters = {name: _leaf(name, p) for name, p in student.module.named_parameters()}
-    output = _leaf("o.weight", matrix)
-    leaves = [one.change for one in (*parameters.values(), output)]
-    optimizer = torch.optim.AdamW(leaves, lr=recipe.learning_rate, betas=_BETAS, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(recipe.steps))
+    training = _Training(student, matrix, recipe, on_gpu=x.is_cuda)
+    take = CapturedStep(training.update, x.device)
     losses: list[float] = []
     drawn = 0
-    with torch.enable_grad():
-        for rows in _batches(len(x), x.shape[1], recipe, seed=seed):
-            values = {name: one.value for name, one in parameters.items()}
-            found = functional_call(student.module, values, (x[rows],)) @ output.value
-            loss = (found - y[rows]).square().sum() / y[rows].square().sum()
-            now = float(loss.detach())
-            if not losses and now < _NOTHING_TO_GAIN:
+    for step, rows in enumerate(_batches(len(x), x.shape[1], recipe, seed=seed)):
+        if not step:
+            start = float(training.loss(x[rows], y[rows]).detach())
+            if start < _NOTHING_TO_GAIN:
                 # A layer that stays as it was: steps of a fixed size would only lead away.
-                return Trained(losses=(now, now), tokens=0)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(leaves, _CLIP)
-            optimizer.step()
-            schedule.step()
-            losses.append(now)
-            drawn += len(rows) * x.shape[1]
-            _check(losses, recipe)
+                return Trained(losses=(start, start), tokens=0)
+        training.rates.scale(_share(step, recipe.steps))
+        losses.append(float(take(x[rows], y[rows])))
+        drawn += len(rows) * x.shape[1]
+        _check(losses, recipe)
     for name, parameter in student.module.named_parameters():
-        parameter.copy_(student.rounded(name, parameters[name].value.detach()))
+        parameter.copy_(student.rounded(name, training.parameters[name].value.detach()))
     return Trained(losses=(_mean(losses[:_AVERAGED]), _mean(losses[-_AVERAGED:])), tokens=drawn)
+
+
+class _Training:
+    """What changes."""
+
+    def __init__(
+        self, student: Student, matrix: torch.Tensor, recipe: AlignRecipe, *, on_gpu: bool
+    ) -> None:
+        self.module = student.module
+        self.parameters = {name: _leaf(name, p) for name, p in self.module.named_parameters()}
+        self.output = _leaf("o.weight", matrix)
+        self.leaves = [one.change for one in (*self.parameters.values(), self.output)]
+        self.optimizer = torch.optim.AdamW(
+            self.leaves,
+            lr=recipe.learning_rate,
+            betas=_BETAS,
+            weight_decay=0.0,
+            capturable=on_gpu,
+        )
+        self.rates = Rates(self.optimizer, matrix.device)
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return |y - Z W|^2 / |y|^2 of rows [N, T, D]."""
+        values = {name: one.value for name, one in self.parameters.items()}
+        found = functional_call(self.module, values, (x,)) @ self.output.value
+        return (found - y).square().sum() / y.square().sum()
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Take a step at the rates of now; return the loss before it."""
+        with torch.enable_grad():
+            loss = self.loss(x, y)
+            self.optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.leaves, _CLIP)
+        self.optimizer.step()
+        return loss
 
 
 def _leaf(name: str, parameter: torch.Tensor) -> _Leaf:
@@ -137,13 +164,10 @@ def step_size(name: str, parameter: torch.Tensor) -> float:
     return _OF_OWN_RMS.get(name, _OWN_RMS) * rms if rms > 0 else 1.0
 
 
-def _cosine(steps: int):  # noqa: ANN202  (a closure for the scheduler)
-    def factor(step: int) -> float:
-        if step < _WARM_UP:
-            return (step + 1) / _WARM_UP
-        return 0.5 + 0.5 * math.cos(math.pi * (step - _WARM_UP) / max(steps - _WARM_UP, 1))
-
-    return factor
+def _share(step: int, steps: int) -> float:
+    if step < _WARM_UP:
+        return (step + 1) / _WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (step - _WARM_UP) / max(steps - _WARM_UP, 1))
 
 
 def _batches(

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.captured import CapturedStep, Rates
 from kimi_convert.conversion.calibration.distill_rows import StepRows
 from kimi_convert.conversion.calibration.distill_state import DistillState
 from kimi_convert.conversion.calibration.hybrid import Hybrid
@@ -147,8 +148,9 @@ class _Training:
     ) -> None:
         self.hybrid, self.given, self.state = hybrid, given, state
         self.on_progress = on_progress
-        self.rates = [float(group["lr"]) for group in state.optimizer.param_groups]
+        self.rates = Rates(state.optimizer, hybrid.device)
         self.leaves = list(hybrid.trained().values())
+        self.captured = CapturedStep(self._update, hybrid.device)
         self.unread: list[torch.Tensor] = []  # losses that nobody has waited for
 
     def run(self) -> None:
@@ -172,16 +174,19 @@ class _Training:
         self.on_progress(ProgressEvent(_STAGE, steps, steps, "steps"))
 
     def _step(self, step: int, tokens: torch.Tensor) -> None:
-        optimizer = self.state.optimizer
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * _schedule(step, self.given.recipe.steps)
+        self.rates.scale(_schedule(step, self.given.recipe.steps))
+        take = self.captured if self.hybrid.repeats_itself(tokens) else self._update
+        self.unread.append(take(tokens).detach())
+
+    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Take a step at the rates of now; return its loss."""
         with torch.enable_grad():
             loss = _loss(self.hybrid, tokens)
-            optimizer.zero_grad()
+            self.state.optimizer.zero_grad()
             loss.backward()
         nn.utils.clip_grad_norm_(self.leaves, _CLIP)
-        optimizer.step()
-        self.unread.append(loss.detach())
+        self.state.optimizer.step()
+        return loss
 
     def _read_losses(self) -> None:
         """Wait for the device; not after each step, which would leave it idle."""
@@ -213,6 +218,7 @@ def _optimizer(hybrid: Hybrid, recipe: DistillRecipe) -> torch.optim.Optimizer:
         betas=_BETAS,
         weight_decay=0.0,
         fused=hybrid.device.type == "cuda",
+        capturable=hybrid.device.type == "cuda",
     )
 
 

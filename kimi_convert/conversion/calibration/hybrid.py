@@ -22,7 +22,7 @@ from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.cache import LayerCache, ModelCache
 from kimi_convert.model.language_model import Head
-from kimi_convert.model.moe import Router
+from kimi_convert.model.moe import Experts, Router
 
 _HALF = torch.bfloat16
 _ACTIVATIONS = 64  # of a layer's size of the stream, roughly: what its backward pass reads
@@ -150,13 +150,20 @@ class Hybrid:
 
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the student's last hidden states [B, T, D] fp32 of tokens [B, T]."""
-        hidden = self.ends.embed(tokens).float()
-        kept = _ACTIVATIONS * hidden.nbytes * len(self.layers)
-        keep = self.device.type == "cuda" and kept <= _KEPT_BYTES
+        hidden, keep = self.ends.embed(tokens).float(), self._keeps(tokens)
         with self._arithmetic():
             for layer in self.layers:
                 hidden = layer(hidden, keep=keep)
         return hidden
+
+    def repeats_itself(self, tokens: torch.Tensor) -> bool:
+        """Say whether every step on tokens [B, T] launches the same, and so little that it shows."""
+        mixtures = (m for layer in self.layers for m in layer.modules() if isinstance(m, Experts))
+        return (
+            self._keeps(tokens)
+            and self.ranks.size == 1
+            and all(m.runs_all(tokens.numel(), self.device) for m in mixtures)
+        )
 
     @torch.no_grad()
     def run_teacher(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -175,6 +182,12 @@ class Hybrid:
             for layer, kept in zip(self.layers, cache.layers, strict=True):
                 hidden = layer.teach(hidden, kept)
         return self.teacher_ends.head(hidden[:, -1])
+
+    def _keeps(self, tokens: torch.Tensor) -> bool:
+        """Say whether the activations of tokens [B, T] stay until the backward pass."""
+        width = self.ends.embed.embedding_dim
+        kept = _ACTIVATIONS * tokens.numel() * width * 4 * len(self.layers)
+        return self.device.type == "cuda" and kept <= _KEPT_BYTES
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", _HALF) if self.device.type == "cuda" else nullcontext()
