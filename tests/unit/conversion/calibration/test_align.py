@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from kimi_convert.config.calibration import AlignRecipe
+from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion.calibration import peers
 from kimi_convert.conversion.calibration.align import align_mixer
+from kimi_convert.conversion.calibration.students import KdaStudent
+from kimi_convert.conversion.target import target_config
 from kimi_convert.errors import VerificationError
-from tests.unit.conversion.calibration.fixed import planted
+from tests.unit.conversion.calibration.fixed import CONFIG, planted
 
 
 @pytest.fixture
@@ -88,3 +91,16 @@ def test_mixer_that_is_on_its_target_is_left_alone(layer, student):
     note = align(student, x, student.features(x) @ matrix())
     assert note.tokens == 0
     assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replayed_steps_reach_what_they_reach_on_a_cpu(layer, student):
+    stored = {name: value.cuda() for name, value in student.parameters().items()}
+    elsewhere = KdaStudent(target_config(CONFIG, Recipe()), {**stored, "kda.o.weight": None})
+    x, y = layer.given.x, layer.given.y
+    recipe = AlignRecipe(steps=40, tokens_per_step=192)
+    with torch.no_grad():
+        expected = align_mixer(student, matrix(), x, y, recipe, seed=0)
+        found = align_mixer(elsewhere, matrix().cuda(), x.cuda(), y.cuda(), recipe, seed=0)
+    assert found.tokens == expected.tokens
+    assert found.losses == pytest.approx(expected.losses, rel=1e-2)
