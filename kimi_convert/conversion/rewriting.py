@@ -1,4 +1,4 @@
-"""Write a hybrid anew with other mixers: what is not a mixer keeps its bytes, names and dtype."""
+"""Write a hybrid anew: what was not trained keeps its bytes, and everything its name and dtype."""
 
 from __future__ import annotations
 
@@ -21,28 +21,41 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.provenance import carried_files
+from kimi_convert.conversion.rules import is_trained
 from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint
 
-# (layer, name in it, as "kda.q.weight") -> the parameter
-MixerParameter = Callable[[int, str], torch.Tensor]
+# (layer, name in it, as "kda.q.weight"), or (None, name) outside of layers -> the parameter
+NewParameter = Callable[[int | None, str], torch.Tensor]
 
 _STAGE = "writing weights"
-_MIXERS = ("layers.{layer}.kda.", "layers.{layer}.mla.")
 
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """A hybrid that is written anew, with other mixers."""
+    """A hybrid that is written anew."""
 
     folder: Path  # of the student
     index: CheckpointIndex
     matched: MatchedCheckpoint
     entries: Mapping[str, Entry]  # by the name that is written
     shards: ShardPlan
+    everything: bool  # whether more than the mixers is new
+
+    def is_new(self, name: str) -> bool:
+        """Whether a tensor is not the student's."""
+        return is_trained(self.entries[name].template, everything=self.everything)
 
 
-def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> Rewriting:
+def plan_rewriting(
+    student: Path, config: ModelConfig, max_shard_bytes: int, *, everything: bool
+) -> Rewriting:
     """Plan the files of weights; only config and headers are read.
+
+    Args:
+        student: folder of the hybrid.
+        config: its config.
+        max_shard_bytes: of each file of weights, its header included.
+        everything: whether more than the mixers is new.
 
     Raises:
         CheckpointError: the student is not whole.
@@ -54,18 +67,19 @@ def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> 
         PlannedTensor(name, _dtype(entry, matched.weights[entry.param]), entry.shape)
         for name, entry in entries.items()
     ]
-    return Rewriting(student, index, matched, entries, plan_shards(planned, max_shard_bytes))
+    shards = plan_shards(planned, max_shard_bytes)
+    return Rewriting(student, index, matched, entries, shards, everything)
 
 
 def _dtype(entry: Entry, weight: Weight) -> str:
-    aligned = entry.template.startswith(_MIXERS)
-    return "F32" if aligned and entry.storage is Storage.FP32 else weight.dtype
+    """Return what a tensor is written in; the formats have fp32 for parameters of mixers alone."""
+    return "F32" if entry.storage is Storage.FP32 else weight.dtype
 
 
 def write_weights(
     target: Output,
     job: Rewriting,
-    mixer: MixerParameter,
+    new: NewParameter,
     on_progress: ProgressCallback,
 ) -> None:
     """Write the weights and all that is carried over, but the record of the conversion.
@@ -73,13 +87,13 @@ def write_weights(
     Args:
         target: an open output.
         job: the plan.
-        mixer: gives a layer's new parameters.
+        new: gives new parameters.
         on_progress: told of bytes.
     """
     total, before = job.shards.total_size, 0
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
-            chunks = (_bytes_of(job, tensor, reader, mixer) for tensor in shard.tensors)
+            chunks = (_bytes_of(job, tensor, reader, new) for tensor in shard.tensors)
 
             def tell(name: str, done: int, before: int = before) -> None:
                 on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", name))
@@ -94,13 +108,11 @@ def write_weights(
 
 
 def _bytes_of(
-    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, mixer: MixerParameter
+    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, new: NewParameter
 ) -> Iterator[memoryview]:
     entry = job.entries[tensor.name]
-    if not entry.template.startswith(_MIXERS):
+    if not job.is_new(tensor.name):
         return reader.chunks(job.matched.weights[entry.param])
-    assert entry.layer_idx is not None
-    name = entry.param.removeprefix(f"layers.{entry.layer_idx}.")
-    made = mixer(entry.layer_idx, name)
+    made = new(entry.layer_idx, entry.param.removeprefix(f"layers.{entry.layer_idx}."))
     stored = made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous()
     return iter((tensor_bytes(stored),))
