@@ -15,7 +15,8 @@ from kimi_convert.model.language_model import Head
 from kimi_convert.model.loading import LayerLoader, as_tabled
 
 FROZEN: Mapping[str, torch.dtype] = MappingProxyType({})
-_OWN_RMS = 1.0  # against 16 of a mixer's matrices, which start further from where they end
+# What a learning rate is multiplied by, in units of a parameter's own rms; a mixer's matrices take 16.
+_OWN_RMS = 1.0
 
 
 class Ends:

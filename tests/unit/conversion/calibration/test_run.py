@@ -17,6 +17,7 @@ from kimi_convert.commands._report import Sentence
 from kimi_convert.config.calibration import (
     AlignRecipe,
     CalibrationRecipe,
+    DistilledParameters,
     DistillRecipe,
     InitMethod,
 )
@@ -112,11 +113,13 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text):
+@pytest.mark.parametrize("trained", ["solved", "all"])
+def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text, trained):
+    recipe = recipe_of() if trained == "solved" else distilled(steps=2, parameters="all")
     found = []
     for teacher in write_twins(tmp_path, "fp8", num_hidden_layers=2):
         output = tmp_path / f"from-{teacher.name}"
-        convert(teacher, output, text, recipe=recipe_of())
+        convert(teacher, output, text, recipe=recipe)
         files = hashes(output)
         del files["conversion.json"]
         found.append(files)
@@ -359,8 +362,9 @@ def elsewhere(monkeypatch):
         yield device
 
 
-def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewhere):
-    recipe = distilled(recipe_of(steps=1), steps=1)
+@pytest.mark.parametrize("parameters", DistilledParameters)
+def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewhere, parameters):
+    recipe = distilled(recipe_of(steps=1), steps=1, parameters=parameters)
     source = source_of(tmp_path, num_hidden_layers=2)
     there = convert(source, tmp_path / "there", text, recipe=recipe, device=elsewhere).fit
     here = convert(source, tmp_path / "here", text, recipe=recipe).fit
@@ -369,7 +373,7 @@ def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewher
     assert there.validation.kl == pytest.approx(here.validation.kl, rel=1e-3)
 
 
-def distilled(recipe=None, *, steps=16, rate=1e-3, written=0):
+def distilled(recipe=None, *, steps=16, rate=1e-3, written=0, parameters="mixers"):
     recipe = recipe or recipe_of(InitMethod.NAIVE)
     assert recipe.calibration is not None
     distill = DistillRecipe(
@@ -377,6 +381,7 @@ def distilled(recipe=None, *, steps=16, rate=1e-3, written=0):
         tokens_per_step=8 * LENGTH,
         learning_rate=rate,
         written_tokens=written,
+        parameters=DistilledParameters(parameters),
     )
     return replace(recipe, calibration=replace(recipe.calibration, distill=distill))
 
