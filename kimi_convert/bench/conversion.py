@@ -1,8 +1,10 @@
 """How fast `convert` is beside `cp`, what it holds in memory, and what peers take for the same bytes.
 
     python -m kimi_convert.bench.conversion speed [--fp8] [--layers N] [--pairs N] [--jobs N] [--rest S]
+                                                  [--source DISK] [--released]
     python -m kimi_convert.bench.conversion memory MODEL [--whole]
     python -m kimi_convert.bench.conversion plan MODEL
+    python -m kimi_convert.bench.conversion shared MODEL
     python -m kimi_convert.bench.conversion peers [--layers N] [--mergekit FILE]
 
 `speed` copies and converts the same bytes in turn, and gives the ratio of each pair: a busy machine
@@ -11,7 +13,9 @@ memory back to its host, and what writes before that finds faster memory. `memor
 whole released models, right-shaped, their weights holes (`released_shapes`), but for the first 10 GB
 where memory is measured; `memory` converts one file of weights of each kind and deletes it, since few
 disks hold an output of terabytes, or with --whole runs the command on all of it. `peers` rewrites the
-same bytes with other programs. All work in --folder, and remove what they wrote.
+same bytes with other programs. `shared` tells which part of an output needs no room on a disk that
+shares blocks, and `speed --source DISK` reads from another disk, so that nothing is shared. All work in
+--folder, and remove what they wrote.
 """
 
 from __future__ import annotations
@@ -27,7 +31,12 @@ from types import MappingProxyType
 
 from kimi_convert.bench.conversion_peers import measure_peers, measure_written
 from kimi_convert.bench.process_cost import Cost, run_measured
+from kimi_convert.bench.released_files import released_files
 from kimi_convert.bench.released_shapes import MODELS, write_shaped_checkpoint
+from kimi_convert.checkpoints.byte_size import parse_byte_size
+from kimi_convert.config.output_format import OutputFormat, TargetDtype
+from kimi_convert.config.recipe import Recipe
+from kimi_convert.conversion import plan_conversion
 from kimi_convert.errors import KimiConvertError, ResourceError
 
 _PROGRAM = "python -m kimi_convert.bench.conversion"
@@ -40,15 +49,24 @@ def measure_speed(folder: Path, options: argparse.Namespace) -> dict[str, object
     document = {**MODELS["moonlight"], "num_hidden_layers": options.layers}
     if options.fp8:
         document["quantization_config"] = MODELS["kimi-k2"]["quantization_config"]
-    source = write_shaped_checkpoint(folder / "source", document, filled_bytes=_WHOLE)
+    files = released_files("moonlight", document) if options.released else None
+    with tempfile.TemporaryDirectory(
+        prefix="bench-source-", dir=options.source or folder
+    ) as place:
+        source = Path(place) / "source"
+        write_shaped_checkpoint(source, document, filled_bytes=_WHOLE, files=files)
+        return _speed(source, folder / "output", options)
+
+
+def _speed(source: Path, output: Path, options: argparse.Namespace) -> dict[str, object]:
     nbytes = sum(path.stat().st_size for path in source.iterdir())
-    convert = _convert(source, folder / "output", "--jobs", str(options.jobs))
+    convert = _convert(source, output, "--jobs", str(options.jobs))
     pairs: list[dict[str, float]] = []
     for _ in range(options.pairs):
         time.sleep(options.rest)
-        copied = _removing(folder / "output", ("sh", "-c", _COPY, "sh", source, folder / "output"))
+        copied = _removing(output, ("sh", "-c", _COPY, "sh", source, output))
         time.sleep(options.rest)
-        converted = _removing(folder / "output", convert)
+        converted = _removing(output, convert)
         pairs.append(
             {
                 "cp_seconds": copied.seconds,
@@ -96,6 +114,29 @@ def measure_plan(folder: Path, options: argparse.Namespace) -> dict[str, object]
     return found
 
 
+def measure_shared(folder: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Plan a whole model, its tensors in files as they are released, in files of several sizes."""
+    document = MODELS[options.model]
+    files = released_files(options.model, document)
+    source = write_shaped_checkpoint(folder / "source", document, files=files)
+    dtype = TargetDtype.FP8 if "quantization_config" in document else TargetDtype.SOURCE
+    found: dict[str, object] = {}
+    for size in ("1GB", "2GB", "5GB"):
+        plan = plan_conversion(
+            source,
+            Recipe(),
+            max_shard_bytes=parse_byte_size(size),
+            output_format=OutputFormat(dtype=dtype),
+        )
+        found[size] = {
+            "files": len(plan.shards.shards),
+            "written_bytes": plan.write_bytes,
+            "copied": round(plan.copied_bytes / plan.write_bytes, 3),
+            "shared": round(plan.shareable().nbytes / plan.write_bytes, 3),
+        }
+    return {"model": options.model, "dtype": str(dtype), **found}
+
+
 def measure_beside_peers(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Rewrite the same bytes with other programs."""
     document = {**MODELS["moonlight"], "num_hidden_layers": options.layers}
@@ -139,6 +180,7 @@ _MEASURES: Mapping[str, Callable[[Path, argparse.Namespace], dict[str, object]]]
             "speed": measure_speed,
             "memory": measure_memory,
             "plan": measure_plan,
+            "shared": measure_shared,
             "peers": measure_beside_peers,
         }
     )
@@ -174,8 +216,10 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--fp8", action="store_true", help="from FP8 blocks to bf16")
     speed.add_argument("--pairs", type=int, default=3)
     speed.add_argument("--jobs", type=int, default=1)
+    speed.add_argument("--source", type=Path, help="folder on another disk, for the source")
+    speed.add_argument("--released", action="store_true", help="a file for each layer")
     speed.add_argument("--rest", type=float, default=10, help="seconds before each program")
-    shaped = {name: measures.add_parser(name) for name in ("memory", "plan")}
+    shaped = {name: measures.add_parser(name) for name in ("memory", "plan", "shared")}
     for parser_of in shaped.values():
         parser_of.add_argument("model", choices=sorted(MODELS))
     shaped["memory"].add_argument("--whole", action="store_true", help="every file, not a sample")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kimi_convert.config.calibration import AlignRecipe, DistillRecipe, InitMethod
 from kimi_convert.config.recipe import Recipe, RopeHandling, default_recipe
+from kimi_convert.config.target_format import TargetFormat
 
 METHODS = tuple(method for method in InitMethod if method is not InitMethod.COPY)
 # Distillation takes minutes a row: what others start from, not what every start has to beat.
@@ -61,6 +62,11 @@ def starts(all_stages: Sequence[Stage]) -> Iterator[tuple[str, Recipe]]:
             yield f"search, rope dropped{stage.suffix}", _with(dropped, InitMethod.SEARCH, stage)
         for method in (InitMethod.NAIVE, InitMethod.SEARCH):
             yield f"{method}, layers chosen{stage.suffix}", _with(default_recipe(), method, stage)
+        rotated = replace(default_recipe(), output_format=TargetFormat.BAILING_HYBRID)
+        yield (
+            f"search, {rotated.output_format}{stage.suffix}",
+            _with(rotated, InitMethod.SEARCH, stage),
+        )
 
 
 def _with(recipe: Recipe, method: InitMethod, stage: Stage) -> Recipe:

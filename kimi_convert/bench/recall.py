@@ -21,11 +21,11 @@ from kimi_convert.checkpoints.examples import heldout_text
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.errors import InputError, KimiConvertError
 from kimi_convert.model.loading import open_layers
+from kimi_convert.model.recall import SizedProbe, copying_probe
 from kimi_convert.model.text import PackedText, pack_documents, read_documents
 from kimi_convert.model.tokenizer import load_tokenizer
 from kimi_convert.validation.metrics import forward_kl, token_slices
-from kimi_convert.validation.probe_streams import ProbeStreams, SizedProbe
-from kimi_convert.validation.recall import copying_probe
+from kimi_convert.validation.probe_streams import ProbeStreams
 
 _SPAN = 32
 _ROWS = 32

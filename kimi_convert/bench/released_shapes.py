@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kimi_convert.checkpoints.mapping import Entry, Storage
-from kimi_convert.checkpoints.shard_plan import PlannedTensor, plan_shards
+from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import CONFIG_FILE, parse_config
@@ -141,6 +141,7 @@ def write_shaped_checkpoint(
     *,
     filled_bytes: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    files: ShardPlan | None = None,
 ) -> Path:
     """Write a checkpoint of a config into a new folder; return the folder.
 
@@ -149,12 +150,13 @@ def write_shaped_checkpoint(
         document: config.json.
         filled_bytes: how many bytes from the start of the files are real; the rest are holes.
         shard_bytes: of each file at most.
+        files: which tensors lie in which file, where not simply in order.
 
     Raises:
         ConfigError: the config is not valid.
     """
     config = parse_config(document)
-    plan = plan_shards(shaped_tensors(config), shard_bytes)
+    plan = files or plan_shards(shaped_tensors(config), shard_bytes)
     folder.mkdir()
     for shard in plan.shards:
         with (folder / shard.file_name).open("xb") as file:

@@ -51,6 +51,23 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
+def require_free(folder: Path, nbytes: int) -> None:
+    """Check that a disk has room for an output, where it tells.
+
+    Raises:
+        ResourceError: fewer than `nbytes` bytes are free.
+    """
+    free = free_bytes(folder)
+    if free is not None and free < nbytes:
+        raise ResourceError(
+            "not enough disk space for the output",
+            where=folder,
+            expected=sized(nbytes),
+            found=f"{sized(free)} free",
+            hint="Free space there, or choose an output folder on another disk.",
+        )
+
+
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write every byte; one call of the system takes at most 2 GiB and may take less."""
     while data:

@@ -42,6 +42,7 @@ class ShardFile:
     path: Path
     nbytes: int
     mtime_ns: int
+    ctime_ns: int  # of any change, also of rights, owner and links; nobody can set it back
 
     def check_unchanged(self, status: os.stat_result | None = None) -> None:
         """Check that the file still has the size and the time it had.
@@ -195,7 +196,7 @@ def _open_shards(
         # A link may point anywhere: every file in the Hub's cache is a link to ../../blobs/<hash>.
         path = folder / name
         header = read_header(path)
-        shards[name] = ShardFile(path, header.file_bytes, header.mtime_ns)
+        shards[name] = ShardFile(path, header.file_bytes, header.mtime_ns, header.ctime_ns)
         for tensor in header.tensors:
             if tensor.name in tensors:
                 doubled[tensor.name] = name

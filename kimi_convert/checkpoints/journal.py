@@ -21,7 +21,7 @@ from kimi_convert.checkpoints.written import WrittenShard
 from kimi_convert.errors import CheckpointError, OutputError
 
 JOURNAL_FILE = "journal.jsonl"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class FinishedFile:
 
     written: WrittenShard
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    sources: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # file it is made of -> state
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ def _line(finished: FinishedFile) -> str:
         "header": written.header_sha256,
         "tensors": dict(written.tensor_sha256),
         "notes": dict(finished.notes),
+        "sources": dict(finished.sources),
     }
     return json.dumps(document) + "\n"
 
@@ -127,9 +131,9 @@ def _finished(document: Mapping[str, object]) -> FinishedFile:
     name = _text(document, "name")
     if name != Path(name).name or name.startswith("."):
         raise ValueError("name is not a plain file name")
-    header, tensors = _text(document, "header"), _hashes(document, "tensors")
+    header, tensors = _text(document, "header"), _mapping(document, "tensors")
     written = WrittenShard(name, nbytes, header, tensors)
-    return FinishedFile(written, _hashes(document, "notes"))
+    return FinishedFile(written, _mapping(document, "notes"), _mapping(document, "sources"))
 
 
 def _text(document: Mapping[str, object], name: str) -> str:
@@ -146,7 +150,7 @@ def _texts(value: object) -> list[str]:
     return [_text({"moving": name}, "moving") for name in names]
 
 
-def _hashes(document: Mapping[str, object], name: str) -> dict[str, str]:
+def _mapping(document: Mapping[str, object], name: str) -> dict[str, str]:
     found = as_object(document.get(name))
     if found is None:
         raise ValueError(f"{name} is not an object")

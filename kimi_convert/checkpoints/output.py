@@ -23,19 +23,21 @@ import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
-from kimi_convert.checkpoints.disk import disk_errors, free_bytes, write_all
+from kimi_convert.checkpoints.clone import NO_EXTENTS, NOTHING_SHAREABLE, Extent, Shareable
+from kimi_convert.checkpoints.disk import disk_errors, free_bytes, require_free, write_all
 from kimi_convert.checkpoints.journal import JOURNAL_FILE, FinishedFile, Journal
-from kimi_convert.checkpoints.messages import listed, quoted, sized
+from kimi_convert.checkpoints.messages import listed, quoted
 from kimi_convert.checkpoints.placing import in_order_of_moving, move_into_place
 from kimi_convert.checkpoints.regular_file import chunks_of, open_regular
+from kimi_convert.checkpoints.resuming import files_to_keep
 from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan
 from kimi_convert.checkpoints.staging import LOCK_FILE, Staging, claim_folder
 from kimi_convert.checkpoints.weight_map import INDEX_FILE
 from kimi_convert.checkpoints.writer import ShardWriter
-from kimi_convert.checkpoints.written import WrittenFile, WrittenShard, difference
+from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
 from kimi_convert.errors import (
-    CheckpointError,
     OutputError,
     ResourceError,
     VerificationError,
@@ -63,11 +65,15 @@ class Output:
         weights = sorted(self._shards.values(), key=lambda file: file.name)
         return (*weights, *self._others.values())
 
-    def open_journal(self, digest: str) -> Mapping[str, FinishedFile]:
+    def open_journal(
+        self, digest: str, sources: Mapping[str, str] = MappingProxyType({})
+    ) -> Mapping[str, FinishedFile]:
         """Keep finished files of weights, whatever happens; return those of an interrupted run.
 
         Args:
             digest: of everything that the files depend on.
+            sources: the state of each file of the source. What was made of a file in another state
+                is not kept.
 
         Raises:
             OutputError: what the interrupted run wrote depends on something else.
@@ -80,8 +86,7 @@ class Output:
                 expected="the same source, recipe, options and version",
                 hint=f"Give the same, or remove {self._staging.path} to start anew.",
             )
-        found = () if state is None else state.finished
-        kept = {one.written.name: one for one in found if self._is_whole(one.written)}
+        kept = files_to_keep(self._staging, sources)
         self._staging.keep_only(kept)
         self._journal = Journal(self._staging.path, digest, kept.values())
         self._shards |= {name: one.written for name, one in kept.items()}
@@ -93,8 +98,18 @@ class Output:
         state = self._staging.resumed
         return 0 if state is None else sum(one.written.nbytes for one in state.finished)
 
-    def finish_shard(self, written: WrittenShard, notes: Mapping[str, str] | None = None) -> None:
-        """Count a file of weights as finished; `notes` come back when the run is resumed.
+    def finish_shard(
+        self,
+        written: WrittenShard,
+        notes: Mapping[str, str] = MappingProxyType({}),
+        sources: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Count a file of weights as finished.
+
+        Args:
+            written: the file.
+            notes: come back when the run is resumed.
+            sources: the files it was made of, each with its state; see `open_journal`.
 
         Raises:
             OutputError: it was finished before.
@@ -102,7 +117,7 @@ class Output:
         """
         self.path_of(written.name)
         if self._journal is not None:
-            self._journal.append(FinishedFile(written, notes or {}))
+            self._journal.append(FinishedFile(written, notes, sources))
         self._shards[written.name] = written
 
     @property
@@ -122,37 +137,36 @@ class Output:
                 self._staging.keep_only(self._shards)
         self._staging.suspend()
 
-    def _is_whole(self, file: WrittenShard) -> bool:
-        try:
-            return difference(self._staging.path / file.name, file) == ""
-        except CheckpointError:
-            return False
-
-    def require_space(self, nbytes: int) -> None:
+    def require_space(self, nbytes: int, shareable: Shareable = NOTHING_SHAREABLE) -> None:
         """Check, before the first byte, that the disk has room.
+
+        Args:
+            nbytes: to be written.
+            shareable: what of it needs no room where blocks can be shared.
 
         Raises:
             ResourceError: fewer than `nbytes` bytes are free.
         """
         free = free_bytes(self.folder)
         if free is not None and free < nbytes:
-            raise ResourceError(
-                "not enough disk space for the output",
-                where=self.folder,
-                expected=sized(nbytes),
-                found=f"{sized(free)} free",
-                hint="Free space there, or choose an output folder on another disk.",
-            )
+            nbytes -= shareable.bytes_in(self._staging.path)
+        require_free(self.folder, nbytes)
 
     @contextmanager
-    def shard(self, planned: PlannedShard) -> Generator[ShardWriter]:
+    def shard(
+        self, planned: PlannedShard, extents: Mapping[str, Extent] = NO_EXTENTS
+    ) -> Generator[ShardWriter]:
         """Write one file of weights; all of its tensors must be written inside the block.
+
+        Args:
+            planned: what it will hold.
+            extents: where tensors lie that are carried over; see `ShardWriter`.
 
         Raises:
             VerificationError: the file does not become what the plan says.
             ResourceError: the disk does not take it.
         """
-        with ShardWriter(self.path_of(planned.file_name), planned) as writer:
+        with ShardWriter(self.path_of(planned.file_name), planned, extents) as writer:
             yield writer
             written = writer.finish()
         self.finish_shard(written)

@@ -28,6 +28,7 @@ from kimi_convert.checkpoints.strict_json import MAX_JSON_BYTES, as_object, pars
 from kimi_convert.errors import CheckpointError
 
 LENGTH_BYTES = 8
+HEADER_MULTIPLE = 8
 MAX_HEADER_BYTES = MAX_JSON_BYTES
 
 _METADATA_KEY = "__metadata__"
@@ -64,6 +65,7 @@ class ShardHeader:
     metadata: Mapping[str, str]
     file_bytes: int
     mtime_ns: int  # when the header was read
+    ctime_ns: int
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -79,7 +81,7 @@ def read_header(path: Path) -> ShardHeader:
         header_bytes = parse_length(start, file_bytes=size, where=path)
         text = read_exactly(descriptor, header_bytes, offset=LENGTH_BYTES, path=path)
     tensors, metadata = parse_header(text, shard=path.name, file_bytes=size, where=path)
-    return ShardHeader(tensors, metadata, size, status.st_mtime_ns)
+    return ShardHeader(tensors, metadata, size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def parse_length(start: bytes, *, file_bytes: int, where: object) -> int:
@@ -146,17 +148,19 @@ def encode_entry(name: str, *, dtype: str, shape: Sequence[int], start: int, end
     return text.encode("utf-8")
 
 
-def encode_header(entries: Iterable[bytes], *, metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the JSON, padded with spaces to a multiple of 8 bytes."""
+def encode_header(
+    entries: Iterable[bytes], *, metadata: Mapping[str, str], nbytes: int = 0
+) -> bytes:
+    """Return the length and the JSON, with spaces up to a multiple of 8 bytes, at least `nbytes`."""
     first = json.dumps({_METADATA_KEY: dict(metadata)}, ensure_ascii=False, separators=(",", ":"))
     text = b",".join((first.encode("utf-8")[1:-1], *entries))
-    length = padded_header_bytes(len(text)) - LENGTH_BYTES
+    length = max(padded_header_bytes(len(text)), nbytes) - LENGTH_BYTES
     return length.to_bytes(LENGTH_BYTES, "little") + (b"{" + text + b"}").ljust(length)
 
 
 def padded_header_bytes(entries_bytes: int) -> int:
     """Return the size of a header on disk from that of its JSON without the braces."""
-    return LENGTH_BYTES + -(-(entries_bytes + 2) // 8) * 8
+    return LENGTH_BYTES + -(-(entries_bytes + 2) // HEADER_MULTIPLE) * HEADER_MULTIPLE
 
 
 def check_tensor_name(name: str, *, where: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from kimi_convert.checkpoints.dtypes import DTYPES
@@ -68,7 +68,13 @@ class PlannedShard:
 
     def header(self) -> bytes:
         """Return the `header_bytes` bytes that the file starts with."""
-        return encode_header(_entries(self.tensors), metadata=HEADER_METADATA)
+        entries = _entries(self.tensors)
+        return encode_header(entries, metadata=HEADER_METADATA, nbytes=self.header_bytes)
+
+    def in_order(self, tensors: tuple[PlannedTensor, ...]) -> PlannedShard:
+        """Return a file of the same tensors in another order, its header as short as it can be."""
+        header = encode_header(_entries(tensors), metadata=HEADER_METADATA)
+        return replace(self, tensors=tensors, header_bytes=len(header))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@ Names and renaming are not decided here: the path is a temporary one (see `outpu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from kimi_convert.checkpoints.background import BackgroundHashes, EarlySync, HashStream
+from kimi_convert.checkpoints.clone import NO_EXTENTS, Cloner, Extent
 from kimi_convert.checkpoints.disk import disk_errors, write_all
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.shard_plan import PlannedShard, PlannedTensor
@@ -30,9 +32,19 @@ class ShardWriter:
     A context manager that closes the file; only `finish` makes it count.
     """
 
-    def __init__(self, path: Path, shard: PlannedShard) -> None:
-        """Create the file, which must not exist, and write its header."""
+    def __init__(
+        self, path: Path, shard: PlannedShard, extents: Mapping[str, Extent] = NO_EXTENTS
+    ) -> None:
+        """Create the file, which must not exist, and write its header.
+
+        Args:
+            path: of the file.
+            shard: what it will hold.
+            extents: where tensors lie that are carried over: their blocks are shared where they can
+                be, and what arrives of them is hashed as any other.
+        """
         self.shard = shard
+        self._cloner = Cloner(extents)
         self._path = path
         self._written_bytes = 0
         self._streams: dict[str, HashStream] = {}  # of the tensors written so far
@@ -43,7 +55,7 @@ class ShardWriter:
         self._hashes = BackgroundHashes()
         self._sync = EarlySync(self._file.fileno())
         try:
-            self._append(header)
+            self._append(header, range(0))
         except BaseException:
             self._close()
             raise
@@ -74,6 +86,10 @@ class ShardWriter:
             ResourceError: the disk does not take it.
         """
         tensor = self._begin(name)
+        with self._disk_errors():
+            there = self._cloner.clone(
+                name, self._file.fileno(), self._written_bytes, tensor.nbytes
+            )
         stream = self._hashes.begin(tensor.nbytes)
         arrived = 0
         for chunk in (chunks,) if isinstance(chunks, Chunk) else chunks:
@@ -84,7 +100,7 @@ class ShardWriter:
             if data.nbytes:  # an empty view of several axes cannot be cast
                 data = data.cast("B")
                 self._hashes.submit(stream, data)
-                self._append(data)
+                self._append(data, there)
                 del chunk, data  # only what is being hashed is held
                 self._hashes.settle()
         self._end(tensor, arrived)
@@ -141,11 +157,20 @@ class ShardWriter:
                 found=f"{arrived} or more" if arrived > tensor.nbytes else arrived,
             )
 
-    def _append(self, data: memoryview) -> None:
+    def _append(self, data: memoryview, there: range) -> None:
+        """Write the bytes that come next, but for those that are there already."""
+        at, end = self._written_bytes, self._written_bytes + data.nbytes
         with self._disk_errors():
-            write_all(self._file.fileno(), data)
+            self._write_at(at, data[: max(0, min(there.start, end) - at)])
+            rest = max(at, there.stop)
+            self._write_at(rest, data[rest - at :])
             self._sync.wrote(data.nbytes)
-        self._written_bytes += data.nbytes
+        self._written_bytes = end
+
+    def _write_at(self, at: int, data: memoryview) -> None:
+        if data:
+            os.lseek(self._file.fileno(), at, os.SEEK_SET)
+            write_all(self._file.fileno(), data)
 
     def _close(self) -> None:
         self._hashes.close()

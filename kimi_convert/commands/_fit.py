@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kimi_convert.commands._numbers import layers_text
+from kimi_convert.commands._quality import probes_table
 from kimi_convert.commands._report import Facts, Report, Sentence, Table
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ _HEAD_COLUMNS = ("layer", "best", "worst", "half-life", "write strength", "below
 
 def fit_report(fit: CalibrationReport) -> Report:
     """Return what a calibration found, and what it chose by."""
-    return (_validation(fit), _layers(fit), _heads(fit), *_kept(fit), *_warnings(fit))
+    probes = (probes_table(fit.probes, of="hybrid"),) if fit.probes else ()
+    return (_validation(fit), *probes, _layers(fit), _heads(fit), *_kept(fit), *_warnings(fit))
 
 
 def _validation(fit: CalibrationReport) -> Facts:

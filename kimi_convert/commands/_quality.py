@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,8 @@ from kimi_convert.commands._report import Section, Sentence, Table
 from kimi_convert.commands._scores import models_table, scores_table, worth
 
 if TYPE_CHECKING:
-    from kimi_convert.validation.report import (
-        GreedyAgreement,
-        LayerErrors,
-        ProbeResult,
-        QualityReport,
-    )
+    from kimi_convert.model.recall import ProbeResult
+    from kimi_convert.validation.report import GreedyAgreement, LayerErrors, QualityReport
 
 _ERROR_COLUMNS = (
     "layer",
@@ -46,7 +43,7 @@ def quality_report(quality: QualityReport) -> list[Section]:
     if dynamics:
         sections.append(_dynamics(dynamics))
     if quality.probes:
-        sections.append(_probes(quality.probes))
+        sections.append(probes_table(quality.probes))
     if quality.greedy is not None:
         sections.append(_greedy(quality.greedy))
     sentence = worth(quality)
@@ -99,7 +96,8 @@ def _dynamics(layers: list[LayerErrors]) -> Table:
     )
 
 
-def _probes(probes: tuple[ProbeResult, ...]) -> Table:
+def probes_table(probes: Sequence[ProbeResult], of: str = "this checkpoint") -> Table:
+    """Return how many answers teacher and student give."""
     said = {
         "copying": "a span of {} tokens, again",
         "induction": "what followed a token, among {}",
@@ -114,7 +112,7 @@ def _probes(probes: tuple[ProbeResult, ...]) -> Table:
         )
         for probe in probes
     )
-    columns = ("random tokens", "answers", "teacher", "this checkpoint")
+    columns = ("random tokens", "answers", "teacher", of)
     return Table("Looking up in the context", columns, rows, right=columns[1:])
 
 

@@ -105,9 +105,18 @@ def _sizes(plan: ConversionPlan) -> Facts:
                 "to write",
                 f"{bytes_text(plan.write_bytes)} of weights in {files_text(len(plan.shards.shards))}",
             ),
-            ("copied bit for bit", bytes_text(plan.copied_bytes)),
+            ("copied bit for bit", _copied_text(plan)),
             ("memory to write it", _memory_text(plan)),
         ),
+    )
+
+
+def _copied_text(plan: ConversionPlan) -> str:
+    copied, shared = bytes_text(plan.copied_bytes), plan.shareable().nbytes
+    if not shared:
+        return copied
+    return (
+        f"{copied}; {bytes_text(shared)} take no room where the disk shares blocks with the source"
     )
 
 

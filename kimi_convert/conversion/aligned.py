@@ -123,7 +123,7 @@ def align_checkpoint(
     job = plan_rewriting(student, configs[1], max_shard_bytes, everything=everything)
     record = read_conversion_record(student)
     for folder in (teacher, student) if ranks.is_first else ():
-        check_output(output, source=folder, nbytes=job.shards.file_bytes)
+        check_output(output, source=folder, nbytes=job.shards.file_bytes, shareable=job.shareable)
     check_text(text, student)
     work = work_folder(output)
     with removed_if_refused(work) if ranks.is_first else nullcontext():

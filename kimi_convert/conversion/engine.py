@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_convert import __version__
+from kimi_convert.checkpoints.clone import NOTHING_SHAREABLE
 from kimi_convert.checkpoints.hashing import sha256_of_file
 from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.checkpoints.written import WrittenFile, WrittenShard
@@ -128,17 +129,22 @@ def _write_weights(
     on_progress: ProgressCallback,
 ) -> dict[str, str]:
     """Write the files of weights that are missing; return the SHA-256 of what was copied."""
-    finished = target.open_journal(run_digest(plan, fit))
+    states = _source_states(plan) if runner.in_place else {}  # what is fetched is always new
+    finished = target.open_journal(run_digest(plan, fit), states)
     written = sum(one.written.nbytes for one in finished.values())
     small = sum((plan.source / name).stat().st_size for name in carried)
-    target.require_space(plan.write_bytes - written + small)
     copied = {name: one.notes for name, one in finished.items()}
     jobs = shard_jobs(plan, fit, target.path_of, tuple(finished))
+    target.require_space(
+        plan.write_bytes - written + small,
+        plan.shareable(job.shard for job in jobs) if runner.in_place else NOTHING_SHAREABLE,
+    )
     total = plan.shards.total_size
     before = total - sum(job.shard.data_bytes for job in jobs)
 
     def on_done(job: ShardJob, result: ShardResult) -> None:
-        target.finish_shard(result.written, result.copied)
+        sources = {name: states[name] for name in job.index.shards if name in states}
+        target.finish_shard(result.written, result.copied, sources)
         copied[job.shard.file_name] = result.copied
 
     def on_bytes(done: int, detail: str) -> None:
@@ -151,6 +157,15 @@ def _write_weights(
         for shard in plan.shards.shards
         for name, digest in copied[shard.file_name].items()
     }
+
+
+def _source_states(plan: ConversionPlan) -> dict[str, str]:
+    """Return, for each file of the source, what nobody can set back who writes over it.
+
+    Rights, owner and links change it too: to tell these from other content takes reading the file,
+    as does making anew what it became.
+    """
+    return {name: str(file.ctime_ns) for name, file in plan.index.shards.items()}
 
 
 def run_digest(plan: ConversionPlan, fit: Fit | None) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kimi_convert.checkpoints.clone import Shareable
 from kimi_convert.checkpoints.examples import calibration_text as bundled_text
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.config.output_format import AS_SOURCE, OutputFormat
@@ -89,7 +90,9 @@ def convert_checkpoint(
     )
     runner.check()
     require_memory(plan, workers=runner.workers)
-    check_output(output, source=source, nbytes=plan.write_bytes, resume=resume)
+    check_output(
+        output, source=source, nbytes=plan.write_bytes, shareable=plan.shareable(), resume=resume
+    )
     check_text(text, source)
     check_source_values(plan, on_progress)
     work = work_folder(output)
@@ -122,10 +125,12 @@ class _Checked(Exception):  # noqa: N818  (a way out, not an error)
     """Leaves an output folder as it was."""
 
 
-def check_output(output: Path, *, source: Path, nbytes: int, resume: bool = False) -> None:
+def check_output(
+    output: Path, *, source: Path, nbytes: int, shareable: Shareable, resume: bool = False
+) -> None:
     """Refuse, before any work, an output folder that could not be written; leave it as it is."""
     with suppress(_Checked), open_output(output, source=source, resume=resume) as target:
-        target.require_space(nbytes - target.resumed_bytes)
+        target.require_space(nbytes - target.resumed_bytes, shareable)
         raise _Checked
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_convert.checkpoints.clone import Shareable
 from kimi_convert.checkpoints.index import CheckpointIndex, collector_paused, open_index
 from kimi_convert.checkpoints.mapping import Dropped
-from kimi_convert.checkpoints.shard_plan import ShardPlan, plan_shards
+from kimi_convert.checkpoints.shard_plan import PlannedShard, ShardPlan, plan_shards
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import read_config
@@ -22,7 +24,7 @@ from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.runtimes import RuntimeSupport, runtime_support
 from kimi_convert.conversion.target import target_config
 from kimi_convert.conversion.task_memory import task_bytes
-from kimi_convert.conversion.tasks import TensorTask, as_stored, tensor_tasks
+from kimi_convert.conversion.tasks import TensorTask, as_stored, copies, tensor_tasks
 from kimi_convert.errors import MappingError
 from kimi_convert.model.names.layout import (
     MatchedCheckpoint,
@@ -81,6 +83,12 @@ class ConversionPlan:
         """Bytes of the tensors that are carried over unchanged."""
         return sum(task.tensor.nbytes for task in self.tasks if task.op is Op.COPY)
 
+    def shareable(self, shards: Iterable[PlannedShard] | None = None) -> Shareable:
+        """Return what of these files, or of all, can have the source's blocks instead of room."""
+        carried = copies(self.tasks, self.weights)
+        wanted = self.shards.shards if shards is None else shards
+        return shareable(wanted, carried, self.index.shards)
+
     @property
     def peak_memory_bytes(self) -> int:
         """Bytes of tensors in memory at once, at most: the largest tensor that is made."""
@@ -103,6 +111,7 @@ class ConversionPlan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "copied_bytes": self.copied_bytes,
+            "shareable_bytes": self.shareable().nbytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "runtimes": [support.to_json() for support in self.runtimes],
             "files": [
@@ -163,13 +172,14 @@ def _plan(
     _check_all_read(matched, tasks)
     used = {name for task in tasks for name in task.sources}
     kept = {stored for name in used for stored in weights[name].stored_names}
+    shards = plan_shards((task.tensor for task in tasks), max_shard_bytes)
     return ConversionPlan(
         index=index,
         source_config=source_config,
         target_config=target,
         recipe=recipe,
         tasks=tasks,
-        shards=plan_shards((task.tensor for task in tasks), max_shard_bytes),
+        shards=share_layout(shards, copies(tasks, weights), max_shard_bytes),
         weights={
             weight.name: weight
             for weight in sorted(weights.values(), key=_by_place)

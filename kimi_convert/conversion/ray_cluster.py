@@ -57,6 +57,11 @@ class RayCluster:
         """None of them here: each task asks the cluster for its memory."""
         return 0
 
+    @property
+    def in_place(self) -> bool:
+        """Always: every node sees them there."""
+        return True
+
     def check(self) -> None:
         """See whether there is a cluster.
 

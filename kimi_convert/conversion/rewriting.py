@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from kimi_convert.checkpoints.clone import Shareable, extents_of
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.output import Output
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader
@@ -39,11 +42,12 @@ class Rewriting:
     matched: MatchedCheckpoint
     entries: Mapping[str, Entry]  # by the name that is written
     shards: ShardPlan
-    everything: bool  # whether more than the mixers is new
+    copies: Mapping[str, TensorSpec]  # where the bytes lie that stay, by name
 
-    def is_new(self, name: str) -> bool:
-        """Whether a tensor is not the student's."""
-        return is_trained(self.entries[name].template, everything=self.everything)
+    @property
+    def shareable(self) -> Shareable:
+        """What of the files can have the student's blocks instead of room."""
+        return shareable(self.shards.shards, self.copies, self.index.shards)
 
 
 def plan_rewriting(
@@ -67,8 +71,13 @@ def plan_rewriting(
         PlannedTensor(name, _dtype(entry, matched.weights[entry.param]), entry.shape)
         for name, entry in entries.items()
     ]
-    shards = plan_shards(planned, max_shard_bytes)
-    return Rewriting(student, index, matched, entries, shards, everything)
+    copies = {
+        name: matched.weights[entry.param].stored[0]
+        for name, entry in entries.items()
+        if not is_trained(entry.template, everything=everything)
+    }
+    shards = share_layout(plan_shards(planned, max_shard_bytes), copies, max_shard_bytes)
+    return Rewriting(student, index, matched, entries, shards, copies)
 
 
 def _dtype(entry: Entry, weight: Weight) -> str:
@@ -91,6 +100,7 @@ def write_weights(
         on_progress: told of bytes.
     """
     total, before = job.shards.total_size, 0
+    extents = extents_of(job.copies, job.index.shards)
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
             chunks = (_bytes_of(job, tensor, reader, new) for tensor in shard.tensors)
@@ -98,7 +108,7 @@ def write_weights(
             def tell(name: str, done: int, before: int = before) -> None:
                 on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", name))
 
-            with target.shard(shard) as writer:
+            with target.shard(shard, extents) as writer:
                 write_tensors(writer, chunks, on_tensor=tell)
             before += shard.data_bytes
     on_progress(ProgressEvent(_STAGE, total, total, "bytes"))
@@ -111,7 +121,7 @@ def _bytes_of(
     job: Rewriting, tensor: PlannedTensor, reader: WeightReader, new: NewParameter
 ) -> Iterator[memoryview]:
     entry = job.entries[tensor.name]
-    if not job.is_new(tensor.name):
+    if tensor.name in job.copies:
         return reader.chunks(job.matched.weights[entry.param])
     made = new(entry.layer_idx, entry.param.removeprefix(f"layers.{entry.layer_idx}."))
     stored = made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous()

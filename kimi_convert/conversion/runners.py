@@ -41,6 +41,11 @@ class Runner(Protocol):
         """How many jobs run at once on this machine; 0 where they run elsewhere."""
         ...
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the source's files are read where the plan found them."""
+        ...
+
     def check(self) -> None:
         """Refuse, before a fit of minutes, what could not run a job after it.
 
@@ -68,6 +73,11 @@ class OneByOne:
     def workers(self) -> int:
         """One."""
         return 1
+
+    @property
+    def in_place(self) -> bool:
+        """Not where they are fetched."""
+        return self.provider is None
 
     def check(self) -> None:
         """Need nothing."""
@@ -98,6 +108,11 @@ class Processes:
     """Runs jobs in processes of this machine, each with one thread for its products."""
 
     workers: int
+
+    @property
+    def in_place(self) -> bool:
+        """Always."""
+        return True
 
     def check(self) -> None:
         """Need nothing."""

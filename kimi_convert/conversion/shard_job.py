@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from kimi_convert.checkpoints.clone import extents_of
 from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.encoding import encode_fp8
 from kimi_convert.checkpoints.finite import FLOATS, find_non_finite
@@ -36,7 +37,7 @@ from kimi_convert.conversion.memory import memory_bytes
 from kimi_convert.conversion.plan import ConversionPlan
 from kimi_convert.conversion.rules import Op
 from kimi_convert.conversion.source_values import finite_chunks, not_finite_error
-from kimi_convert.conversion.tasks import TensorTask
+from kimi_convert.conversion.tasks import TensorTask, copies
 from kimi_convert.conversion.transforms import TRANSFORMS, Job
 from kimi_convert.errors import CheckpointError
 
@@ -127,10 +128,13 @@ def write_shard(
         CheckpointError: the source has changed, or holds NaN, Inf or parts that are not valid.
         ResourceError: the disk is full or cannot be written.
     """
+    carried = copies(job.tasks, job.weights)
+    # A file that is fetched is not there before it is read.
+    extents = extents_of(carried if provider is None else {}, job.index.shards)
     try:
         with (
             WeightReader(job.index, provider) as reader,
-            ShardWriter(job.path, job.shard) as writer,
+            ShardWriter(job.path, job.shard, extents) as writer,
         ):
             write_tensors(
                 writer,
@@ -139,18 +143,12 @@ def write_shard(
                 beside=provider is None,
             )
             written = writer.finish()
-            copied = {name: written.tensor_sha256[task.tensor.name] for task, name in _copies(job)}
+            hashes = written.tensor_sha256
+            copied = {stored.name: hashes[name] for name, stored in carried.items()}
             return ShardResult(written=written, copied=copied)
     except BaseException:
         job.path.unlink(missing_ok=True)
         raise
-
-
-def _copies(job: ShardJob) -> Iterator[tuple[TensorTask, str]]:
-    """Give the tasks that copy, each with the name of its tensor in the source."""
-    for task in job.tasks:
-        if task.op is Op.COPY:
-            yield task, job.weights[task.sources[0]].stored[task.part].name
 
 
 @dataclass(frozen=True, slots=True)

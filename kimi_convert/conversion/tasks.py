@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kimi_convert.checkpoints.mapping import Entry, Storage
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor
 from kimi_convert.checkpoints.weights import Weight
 from kimi_convert.config.architecture import ModelConfig
@@ -105,6 +106,15 @@ def as_stored(
         else:
             plain = weight.quantization is None
             yield task if plain else replace(task, op=Op.DEQUANTIZE)
+
+
+def copies(tasks: Iterable[TensorTask], weights: Mapping[str, Weight]) -> dict[str, TensorSpec]:
+    """Return, by their new names, where the tensors lie whose bytes are carried over unchanged."""
+    return {
+        task.tensor.name: weights[task.sources[0]].stored[task.part]
+        for task in tasks
+        if task.op is Op.COPY
+    }
 
 
 def _is_feed_forward_matrix(task: TensorTask) -> bool:

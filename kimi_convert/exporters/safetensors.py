@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 
+from kimi_convert.checkpoints.clone import extents_of
 from kimi_convert.checkpoints.dtypes import dtype_from_torch_name, torch_dtype
 from kimi_convert.checkpoints.index import CheckpointIndex, open_index
 from kimi_convert.checkpoints.mapping import Entry, Storage
 from kimi_convert.checkpoints.messages import quoted
 from kimi_convert.checkpoints.output import Output, open_output
 from kimi_convert.checkpoints.regular_file import CHUNK_BYTES
+from kimi_convert.checkpoints.safetensors_header import TensorSpec
 from kimi_convert.checkpoints.shard_plan import PlannedTensor, ShardPlan, plan_shards
+from kimi_convert.checkpoints.shared_layout import share_layout, shareable
 from kimi_convert.checkpoints.streaming import write_tensors
 from kimi_convert.checkpoints.tensor_bytes import tensor_bytes
 from kimi_convert.checkpoints.weight_reader import WeightReader, decoding_bytes
@@ -134,7 +137,8 @@ def export_safetensors(
     record = read_conversion_record(checkpoint)
     with open_output(output, source=checkpoint) as target:
         small = sum((checkpoint / name).stat().st_size for name in job.carried)
-        target.require_space(job.shards.file_bytes + small)
+        shared = shareable(job.shards.shards, job.copies, job.index.shards)
+        target.require_space(job.shards.file_bytes + small, shared)
         _write_weights(target, job, on_progress)
         for name in job.carried:
             target.copy_file(checkpoint / name)
@@ -162,6 +166,11 @@ class _Task:
     source: Weight
     planned: PlannedTensor
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes stay."""
+        return self.source.quantization is None and self.source.dtype == self.planned.dtype
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
@@ -170,6 +179,7 @@ class _Job:
     index: CheckpointIndex
     tasks: Mapping[str, _Task]  # by the name that is written
     shards: ShardPlan
+    copies: Mapping[str, TensorSpec]  # where bytes lie that stay as they are
     carried: tuple[str, ...]  # names of files that are copied
 
     @property
@@ -230,8 +240,10 @@ def _plan(
     for source in matched.unread.values():
         tasks[source.name] = _Task(source, PlannedTensor(source.name, source.dtype, source.shape))
     shards = plan_shards([task.planned for task in tasks.values()], max_shard_bytes)
+    copies = {name: task.source.stored[0] for name, task in tasks.items() if task.is_copy}
+    shards = share_layout(shards, copies, max_shard_bytes)
     small = [name for name in _CARRIED_FILES if (checkpoint / name).is_file()]
-    return _Job(index, tasks, shards, (*tokenizer_files(checkpoint), *small))
+    return _Job(index, tasks, shards, copies, (*tokenizer_files(checkpoint), *small))
 
 
 def _target_dtype(entry: Entry, stored: str, wanted: str | None) -> str:
@@ -249,17 +261,18 @@ def _target_dtype(entry: Entry, stored: str, wanted: str | None) -> str:
 def _write_weights(target: Output, job: _Job, on_progress: ProgressCallback) -> None:
     read: dict[str, int] = {}  # bytes before each tensor
     done = 0
-    for name, task in job.tasks.items():
-        read[name] = done
-        done += task.source.stored_bytes
+    for tensor in (tensor for shard in job.shards.shards for tensor in shard.tensors):
+        read[tensor.name] = done
+        done += job.tasks[tensor.name].source.stored_bytes
 
     def tell(name: str, _: int) -> None:
         on_progress(ProgressEvent(_STAGE, read[name], job.index.nbytes, "bytes", name))
 
+    extents = extents_of(job.copies, job.index.shards)
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
             chunks = (_chunks(reader, job.tasks[tensor.name]) for tensor in shard.tensors)
-            with target.shard(shard) as writer:
+            with target.shard(shard, extents) as writer:
                 write_tensors(writer, chunks, on_tensor=tell)
     on_progress(ProgressEvent(_STAGE, done, job.index.nbytes, "bytes"))
 

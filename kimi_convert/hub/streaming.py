@@ -69,7 +69,7 @@ class HubShards:
             with disk_errors(path, doing="write beside the output"):
                 part.replace(path)
         status = path.stat()
-        return ShardFile(path, status.st_size, status.st_mtime_ns)
+        return ShardFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def release(self, shard: str) -> None:
         """Remove a file that nothing will read any more."""

@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from kimi_convert.model.block import DecoderLayer
-from kimi_convert.validation.metrics import token_slices
-from kimi_convert.validation.recall import (
-    ProbeTokens,
-    copying_probe,
-    induction_probe,
-    pairs_probe,
-)
-from kimi_convert.validation.report import ProbeResult
-
-# Enough answers for a standard error of 2 to 4 % of all at most, in some 8000 tokens together.
-_SPAN, _SPANS = 64, 16
-_BEFORE, _LOOKUPS = 64, 48
-_PAIRS, _LISTS = 16, 16
-_LEAST_IDS = 4  # that a probe can be drawn from
-_LOGITS_BYTES = 32 * 1024 * 1024
-
-Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [n, D] -> logits [n, vocab]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizedProbe:
-    """A probe, and what it is called in a report."""
-
-    name: str
-    size: int
-    probe: ProbeTokens
-
-
-def probes_of(token_ids: torch.Tensor, *, seed: int) -> tuple[SizedProbe, ...]:
-    """Return the probes that can be drawn from some ids [n], smaller where they are few."""
-    count = len(token_ids)
-    if count < _LEAST_IDS:
-        return ()
-    span, before, pairs = min(_SPAN, count), min(_BEFORE, count), min(_PAIRS, count // 2)
-    copying = copying_probe(token_ids, span=span, rows=_SPANS, seed=seed)
-    induction = induction_probe(token_ids, length=before, rows=_LOOKUPS, seed=seed)
-    recall = pairs_probe(token_ids, pairs=pairs, rows=_LISTS, seed=seed)
-    return (
-        SizedProbe(name="copying", size=span, probe=copying),
-        SizedProbe(name="induction", size=before, probe=induction),
-        SizedProbe(name="pairs", size=pairs, probe=recall),
-    )
+from kimi_convert.model.recall import Head, ProbeResult, SizedProbe, accuracy
 
 
 @dataclass(slots=True)
@@ -93,13 +52,3 @@ class ProbeStreams:
         for stream in streams:
             for rows in stream.split(self.batch_rows):
                 rows.copy_(layer(rows))
-
-
-def accuracy(probe: ProbeTokens, hidden: torch.Tensor, head: Head) -> float:
-    """Return the share of answers that are the most likely token after hidden [N, T, D]."""
-    asked, answers = hidden[probe.asked.to(hidden.device)], probe.answers.to(hidden.device)
-    width = head(asked[:1]).shape[-1]
-    right = 0
-    for run in token_slices(len(asked), vocab_size=width, max_bytes=_LOGITS_BYTES):
-        right += int((head(asked[run]).argmax(-1) == answers[run]).sum())
-    return right / len(answers)

@@ -18,12 +18,13 @@ from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.dynamics import MixerDynamics, mixer_dynamics
 from kimi_convert.model.loading import LayerLoader, open_layers
+from kimi_convert.model.recall import probes_of
 from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
 from kimi_convert.validation.activations import Activations, batches
 from kimi_convert.validation.layer_sums import LayerSums
 from kimi_convert.validation.options import Check, ValidationOptions
-from kimi_convert.validation.probe_streams import ProbeStreams, probes_of
+from kimi_convert.validation.probe_streams import ProbeStreams
 from kimi_convert.validation.replacement import TOKENS as REPLACED_TOKENS
 from kimi_convert.validation.replacement import Replacements
 from kimi_convert.validation.report import LayerErrors, ModelScores, QualityReport
@@ -119,11 +120,9 @@ def _beside(
     student: LayerLoader, teacher: LayerLoader | None, text: PackedText, options: ValidationOptions
 ) -> _Beside:
     """Start the probes with ids of the text that are no marks, and the replaced streams."""
-    config, rows = student.config, len(text.tokens)
-    marks = {config.bos_token_id, config.pad_token_id, *config.eos_token_ids}
-    ids = [token for token in text.tokens.unique().tolist() if token not in marks]
+    rows = len(text.tokens)
     wanted = Check.PROBES in options.checks
-    drawn = probes_of(torch.tensor(ids), seed=options.seed) if wanted else ()
+    drawn = probes_of(text.tokens, student.config, seed=options.seed) if wanted else ()
     probes = ProbeStreams(drawn, options.batch_rows)
     of_teacher = teacher.embedding() if teacher else None
     probes.embed(student.embedding(), of_teacher, torch.device(options.device))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from kimi_convert.model.dynamics import MixerDynamics
+from kimi_convert.model.recall import ProbeResult
 from kimi_convert.validation.options import Check, ValidationOptions
 
 FORMAT = 1
@@ -120,17 +121,6 @@ class LayerErrors:
     router_agreement: float | None  # share of chosen experts in common; None where dense
     replaced_kl: float | None  # nats per token, with this layer alone in the teacher's place
     dynamics: MixerDynamics | None  # of a KDA layer, on the first sequences
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeResult:
-    """How many answers of a probe are the most likely next token."""
-
-    name: str  # "copying", "induction" or "pairs"
-    size: int  # tokens of the span or before the last, or pairs
-    answers: int
-    student: float  # share of them
-    teacher: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

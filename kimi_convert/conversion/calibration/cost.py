@@ -25,6 +25,7 @@ from kimi_convert.model.names.layout import expected_entries
 _REACHED = 0.27
 _OPTIONS_PER_MOVE = 4.2
 _SETS = 11  # of kept layers that are compared
+PROBED = 6160  # tokens of all probes
 _CHUNK = 64
 _SEARCH_TENSORS = 22  # of the size of one mixer's features, at once
 _SIDE = 1024
@@ -59,7 +60,7 @@ def calibration_cost(
     tokens, checked = recipe.tokens, recipe.validation_tokens
     searched = recipe.search_tokens
     # In tokens through one layer: both passes of both models, every layer's two futures, the sets.
-    passed = layers * (searched + checked * (3 + layers + _SETS) + 2 * tokens)
+    passed = layers * (searched + checked * (3 + layers + _SETS) + 2 * (tokens + PROBED))
     active = sum(_active(entries, config)) / layers
     per_pass, passes = _search_flops(config), len(MOVES) * _OPTIONS_PER_MOVE
     searches = passes if recipe.method is InitMethod.SEARCH else 1.0

@@ -73,6 +73,33 @@ def trained_ends(loader: LayerLoader) -> Ends:
     return Ends(ends.embed, ends.head, dtypes=dtypes)
 
 
+def rest_of(loader: LayerLoader, layer_idx: int) -> DecoderLayer:
+    """Load what a layer has beside its mixer."""
+    layer = loader.layer(layer_idx)
+    layer.kda = layer.mla = None
+    return layer
+
+
+def stored_ends(loader: LayerLoader, stored: Mapping[str, torch.Tensor]) -> Ends:
+    """Return the ends of a model with the values that a training left of them."""
+    ends = Ends(loader.embedding(), loader.head())
+    for name, parameter in ends.parameters().items():
+        parameter.data.copy_(stored[name])
+    return ends
+
+
+def stored_rest(
+    loader: LayerLoader, layer_idx: int, stored: Mapping[str, torch.Tensor]
+) -> DecoderLayer:
+    """Return what a layer has beside its mixer, with the values that a training left of it."""
+    rest = rest_of(loader, layer_idx)
+    for name, parameter in rest.named_parameters():
+        if name not in WITHOUT_GRADIENT:
+            for tabled, part in as_tabled(rest, name, parameter.data).items():
+                part.copy_(stored[tabled])
+    return rest
+
+
 def rest_dtypes(
     loader: LayerLoader, layer: DecoderLayer, layer_idx: int
 ) -> dict[str, torch.dtype]:

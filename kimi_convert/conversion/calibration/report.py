@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
 from kimi_convert.conversion.calibration.long_context import LongContext
 from kimi_convert.conversion.calibration.outcome import Outcome
+from kimi_convert.model.recall import ProbeResult
 
 _FIRST_BASIS = "copied"  # what a search starts from
 
@@ -115,6 +116,7 @@ class CalibrationReport:
     validation: Outcome
     long_context: LongContext | None = None  # where another set than the released is chosen
     distilled: Mapping[str, object] | None = None  # what the distillation noted
+    probes: Sequence[ProbeResult] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the part of conversion.json."""
@@ -130,5 +132,6 @@ class CalibrationReport:
             "long_context": None if self.long_context is None else self.long_context.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
             "validation": self.validation.to_json(),
+            "probes": [probe.to_json() for probe in self.probes],
             **({} if self.distilled is None else {"distilled": dict(self.distilled)}),
         }

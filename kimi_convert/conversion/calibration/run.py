@@ -6,7 +6,7 @@ tokens; what is finished lies in a folder beside the output, from which an inter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,10 +31,17 @@ from kimi_convert.conversion.calibration.distill_pair import (
     distilled_name,
     save_distilled,
 )
-from kimi_convert.conversion.calibration.ends import FROZEN, Ends, rest_dtypes, trained_ends
+from kimi_convert.conversion.calibration.ends import (
+    FROZEN,
+    Ends,
+    rest_dtypes,
+    rest_of,
+    trained_ends,
+)
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.hybrid import Hybrid, HybridLayer
 from kimi_convert.conversion.calibration.long_context import LongContext, compare_at_length
+from kimi_convert.conversion.calibration.probing import probe_hybrid
 from kimi_convert.conversion.calibration.report import (
     CalibrationReport,
     KeptSet,
@@ -54,6 +61,7 @@ from kimi_convert.conversion.calibration.study import Study, StudyInput, part_na
 from kimi_convert.conversion.target import target_config
 from kimi_convert.model.backend import usable_device
 from kimi_convert.model.loading import LayerLoader, open_layers
+from kimi_convert.model.recall import ProbeResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +118,7 @@ def calibrate(
         settled = replace(recipe, keep_layers=choice.kept, choose_layers=False)
         solved = run.solve(settled)
         distilled = run.distill(settled)
+        probes = run.probe(settled)
     report = CalibrationReport(
         text_name=path.name,
         text_sha256=sha256_of_file(path),
@@ -124,6 +133,7 @@ def calibrate(
         validation=solved.outcome if distilled is None else outcome_from(distilled),
         long_context=long,
         distilled=distilled,
+        probes=probes,
     )
     return Calibration(recipe=settled, store=store, report=report)
 
@@ -198,6 +208,16 @@ class _Run:
             save_distilled(hybrid, self.store, note)
         return self.store.record(DISTILLED)
 
+    def probe(self, settled: Recipe) -> Sequence[ProbeResult]:
+        """Ask teacher and hybrid what only their context can tell."""
+        names: dict[int | None, str] = {
+            n: _latest(self.store, n) for n in range(self.teacher.config.num_layers)
+        }
+        if self.calibration.distill.trains_all:
+            names[None] = distilled_name(None)
+        given = self._sequential(settled)
+        return probe_hybrid(self.teacher, given, names, self.store, self.on_progress)
+
     def _hybrid(self, settled: Recipe) -> Hybrid:
         """Put the solved student together, around one copy of the teacher where that is frozen."""
         given, teacher = self._sequential(settled), self.teacher
@@ -207,8 +227,7 @@ class _Run:
             for n in range(teacher.config.num_layers):
                 layer, rest, dtypes = teacher.layer(n), None, FROZEN
                 if trains_all:
-                    rest = teacher.layer(n)
-                    rest.kda = rest.mla = None
+                    rest = rest_of(teacher, n)
                     dtypes = rest_dtypes(teacher, rest, n)
                 student, matrix = fitted_student(
                     layer, n, self.store.tensors(fitted_name(n)), given

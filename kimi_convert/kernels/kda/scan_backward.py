@@ -21,7 +21,7 @@ from torch import Tensor
 from kimi_convert.kernels.kda.chunks import Chunks
 from kimi_convert.kernels.kda.device import locate_sequence
 from kimi_convert.kernels.kda.problem import Problem, allow_descriptors
-from kimi_convert.kernels.kda.scan import scan_tiles
+from kimi_convert.kernels.kda.scan import scan_registers, scan_tiles
 
 
 class ScanGradients(NamedTuple):
@@ -151,5 +151,6 @@ def kda_scan_backward(
         PRECISION=p.precision,
         STAGES=stages,
         num_warps=4,
+        **scan_registers(p),
     )
     return gradients

@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kimi_convert.bench import conversion
 from kimi_convert.bench.process_cost import run_measured
+from kimi_convert.bench.released_files import released_files
 from kimi_convert.bench.released_shapes import MODELS, shaped_tensors, write_shaped_checkpoint
+from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.reader import CheckpointReader
 from kimi_convert.config.huggingface import config_to_json, parse_config, read_config
@@ -129,6 +133,28 @@ def test_whole_model_is_converted_and_removed(tiny_models, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["moonlight", "kimi-k2"])
+def test_shared_part_is_told_for_several_sizes(tiny_models, tmp_path, capsys, model):
+    found = measured(capsys, tmp_path, "shared", model)
+    assert found["dtype"] == {"moonlight": "source", "kimi-k2": "fp8"}[model]
+    assert found["5GB"]["files"] == 1
+    assert 0 < found["5GB"]["copied"] < 1
+    assert found["5GB"]["shared"] == 0  # for kilobytes no file is laid out anew
+
+
+def test_released_files_hold_a_layer_each_in_the_order_of_the_library(tmp_path):
+    plan = released_files("kimi-k2", TINY_FP8)
+    layers = [{t.name.split(".")[2] for t in shard.tensors} for shard in plan.shards[1:5]]
+    assert layers == [{str(layer)} for layer in range(4)]
+    folder = write_shaped_checkpoint(tmp_path / "shaped", TINY_FP8, files=plan)
+    tensors = open_index(folder).tensors
+    assert {t.name for t in shaped_tensors(parse_config(TINY_FP8))} == set(tensors)
+    for shard in plan.shards:
+        like = {t.name: torch.zeros(t.shape, dtype=torch_dtype(t.dtype)) for t in shard.tensors}
+        save_file(like, tmp_path / "theirs", {"format": "pt"})
+        assert (folder / shard.file_name).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_plan_and_inspect_are_timed(tiny_models, tmp_path, capsys):
     found = measured(capsys, tmp_path, "plan", "moonlight")
     for command in ("plan", "inspect"):

@@ -9,6 +9,7 @@ from kimi_convert.bench.quality_floor import OFF
 from kimi_convert.bench.quality_run import Measured, Setting
 from kimi_convert.bench.quality_table import Results
 from kimi_convert.config.calibration import AlignRecipe, DistillRecipe, InitMethod
+from kimi_convert.config.target_format import TargetFormat
 
 STAGES = quality_rows.stages([AlignRecipe(steps=100)], DistillRecipe(tokens=1_000_000))
 
@@ -28,6 +29,13 @@ def test_every_method_has_a_row_at_the_same_tokens_and_layers():
             assert recipe.kept_layers(8) == (3, 7)
         assert len({rows[f"{method}{suffix}"].calibration.tokens for method in methods}) == 1
     assert {InitMethod.NAIVE, InitMethod.KIL, InitMethod.TAYLOR} < {*quality_rows.DISTILLED}
+
+
+def test_the_format_that_keeps_rotation_has_a_row_at_every_stage():
+    rows = dict(quality_rows.starts(STAGES))
+    rotated = [name for name in rows if name.startswith("search, bailing_hybrid")]
+    assert len(rotated) == len(STAGES)
+    assert {rows[name].output_format for name in rotated} == {TargetFormat.BAILING_HYBRID}
 
 
 def test_rows_have_names_of_their_own():

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from kimi_convert.checkpoints import disk, regular_file
-from kimi_convert.checkpoints import output as output_module
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.output import open_output
 from kimi_convert.checkpoints.reader import CheckpointReader
@@ -360,7 +359,7 @@ def test_space_is_checked_before_the_first_byte(folder):
 
 
 def test_space_that_cannot_be_told_is_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_module, "free_bytes", lambda _: None)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: None)
     with open_output(tmp_path / "out") as output:
         output.require_space(10**18)
 

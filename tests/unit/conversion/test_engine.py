@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kimi_convert.checkpoints import output as output_module
+from kimi_convert.checkpoints import disk
 from kimi_convert.config.recipe import Recipe
 from kimi_convert.conversion import plan_conversion, shard_job
 from kimi_convert.conversion.engine import convert_checkpoint
@@ -341,12 +341,12 @@ def test_full_disk_is_found_before_the_first_byte(source, tmp_path, monkeypatch)
     events = []
     (source / "tokenizer.json").write_bytes(b"x" * 1000)
     needed = plan_conversion(source).write_bytes + 1000
-    monkeypatch.setattr(output_module, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: needed - 1)
     with pytest.raises(ResourceError, match="disk space"):
         convert_checkpoint(source, tmp_path / "out", on_progress=events.append)
     assert events == []
     assert_nothing_left(tmp_path)
-    monkeypatch.setattr(output_module, "free_bytes", lambda _: needed)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: needed)
     convert_checkpoint(source, tmp_path / "out")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -149,6 +150,51 @@ def test_other_conversion_is_not_resumed_and_nothing_is_lost(source, tmp_path, w
     assert digests(tmp_path / "out") == whole
 
 
+def rewrite_with_its_time(path):
+    """As `cp -p` or `rsync` repair a file: other content, the same size and time."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1000:] = data[-2000:-1000]
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def test_file_of_the_source_that_is_repaired_meanwhile_is_read_again(tmp_path):
+    source = write_tiny_checkpoint(tmp_path / "source", tiny_config("deepseek_v3"))
+    partial = interrupted(source, tmp_path / "out")
+    finished = {path.name for path in partial.glob("*.safetensors")}
+    for path in source.glob("*.safetensors"):
+        rewrite_with_its_time(path)
+    convert(source, tmp_path / "out", resume=True)
+    convert(source, tmp_path / "anew")
+    assert digests(tmp_path / "out") == digests(tmp_path / "anew")
+    assert finished
+
+
+def finished_files(folder):
+    return {path.name: path.stat().st_ino for path in folder.glob("*.safetensors")}
+
+
+def test_finished_files_are_kept_where_nobody_touched_their_source(source, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
+    finished = finished_files(interrupted(source, tmp_path / "out"))
+    convert(source, tmp_path / "out", resume=True)
+    assert len(finished) == 3
+    assert finished.items() <= finished_files(tmp_path / "out").items()
+    assert not caplog.messages
+
+
+def test_source_with_other_rights_costs_time_alone(source, tmp_path, whole, caplog):
+    caplog.set_level(logging.WARNING, logger="kimi_convert")
+    interrupted(source, tmp_path / "out")
+    for path in source.glob("*.safetensors"):
+        path.chmod(0o640)
+    convert(source, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == whole
+    assert "3 of 3 finished files are made again: their source was touched" in caplog.text
+
+
 def spoil(partial):
     path = next(partial.glob("*.safetensors"))
     data = bytearray(path.read_bytes())
@@ -200,7 +246,7 @@ def test_journal_that_nobody_wrote_is_refused(source, tmp_path, line):
 def test_full_disk_on_resume_leaves_the_finished_files(source, tmp_path, whole, monkeypatch):
     interrupted(source, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("kimi_convert.checkpoints.output.free_bytes", lambda _: 10)
+        patch.setattr("kimi_convert.checkpoints.disk.free_bytes", lambda _: 10)
         with pytest.raises(ResourceError, match="disk space"):
             convert(source, tmp_path / "out", resume=True)
     convert(source, tmp_path / "out", resume=True)

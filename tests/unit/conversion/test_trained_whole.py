@@ -27,7 +27,7 @@ from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion import engine
 from kimi_convert.conversion.align_stages import AlignRequest
 from kimi_convert.conversion.aligned import align_checkpoint
-from kimi_convert.conversion.calibration import distill, distill_pair
+from kimi_convert.conversion.calibration import distill, distill_pair, probing
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.conversion.calibration.ranks import Ranks
 from kimi_convert.conversion.calibration.store import CalibrationStore
@@ -167,6 +167,22 @@ def test_converted_hybrid_is_as_near_as_the_report_says_and_the_record_is_true(
         assert not torch.equal(new[name], old.get(name, old["model.embed_tokens.weight"]))
     options = ValidationOptions(checks=frozenset({Check.VALUES, Check.HASHES}))
     assert validate_checkpoint(result.output, options=options).passed
+
+
+def test_probes_are_asked_of_the_hybrid_as_it_is_written(tmp_path, monkeypatch):
+    asked = []
+
+    def record(probe, stream, head):
+        asked.append((probe.inputs, head(stream)))
+        return 0.0
+
+    monkeypatch.setattr(probing, "accuracy", record)
+    teacher = teacher_of(tmp_path)
+    hybrid = converted(tmp_path).output
+    assert len(asked) == 6
+    with torch.no_grad():
+        for (inputs, logits), folder in zip(asked, 3 * [hybrid, teacher], strict=True):
+            torch.testing.assert_close(logits, load_model(folder)(inputs), rtol=1e-3, atol=1e-4)
 
 
 def test_more_parameters_come_nearer_than_mixers_alone(tmp_path):

@@ -134,7 +134,7 @@ def test_a_hundred_thousand_tensors_take_seconds(tmp_path, monkeypatch):
     for at, entry in enumerate(entries):
         nbytes = 4 * math.prod(entry.shape)
         tensors[entry.name] = TensorSpec(entry.name, "F32", entry.shape, f"{at % 64}", 0, nbytes)
-    shards = {f"{at}": ShardFile(tmp_path / f"{at}", 1, 0) for at in range(64)}
+    shards = {f"{at}": ShardFile(tmp_path / f"{at}", 1, 0, 0) for at in range(64)}
     folder = write_tiny_checkpoint(tmp_path, tiny_config("kimi_k2"))
     monkeypatch.setattr(module, "read_config", lambda folder: config)
     monkeypatch.setattr(

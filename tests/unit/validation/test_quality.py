@@ -11,10 +11,10 @@ import torch
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.errors import CheckpointError, VerificationError
 from kimi_convert.model.loading import LayerLoader, load_model
+from kimi_convert.model.recall import probes_of
 from kimi_convert.model.router_agreement import chosen_experts
 from kimi_convert.model.text import PackedText
 from kimi_convert.validation.options import Check, ValidationOptions
-from kimi_convert.validation.probe_streams import probes_of
 from kimi_convert.validation.quality import measure_quality
 from kimi_convert.validation.text_streams import converted_layers
 from tests.tiny import linear_attn_config, tiny_config, write_tiny_checkpoint
@@ -175,14 +175,14 @@ def test_cosine_and_length_are_those_of_the_two_outputs(pair, report):
 
 @torch.inference_mode()
 def test_probes_are_those_of_whole_models(pair, report):
-    text = random_text()
-    ids = [token for token in text.tokens.unique().tolist() if token > 2]  # 0 to 2 are marks
+    drawn = probes_of(random_text().tokens, read_config(pair[0]), seed=0)
+    assert all((one.probe.tokens > 2).all() for one in drawn)  # 0 to 2 are marks
     assert [(one.name, one.size) for one in report.probes] == [
         ("copying", 64),
         ("induction", 64),
         ("pairs", 16),
     ]
-    for found, one in zip(report.probes, probes_of(torch.tensor(ids), seed=0), strict=True):
+    for found, one in zip(report.probes, drawn, strict=True):
         for folder, share in zip(pair, (found.student, found.teacher), strict=True):
             likeliest = load_model(folder)(one.probe.inputs).argmax(-1)[one.probe.asked]
             expected = (likeliest == one.probe.answers).double().mean().item()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.config.calibration import DistilledParameters
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import default_recipe, with_training
+from kimi_convert.conversion.calibration import cost
 from kimi_convert.conversion.calibration.cost import calibration_cost
 from kimi_convert.conversion.calibration.streams import batches
+from kimi_convert.model.recall import probes_of
 
 
 def cost_of(distill_tokens, device="cpu", parameters=DistilledParameters.MIXERS):
@@ -45,3 +49,9 @@ def test_distillation_holds_the_whole_model_and_its_training():
     stored = sum(path.stat().st_size for path in example_checkpoint().glob("*.safetensors"))
     assert cost_of(2**20).memory_bytes > 2 * stored  # fp32
     assert cost_of(2**20).memory_bytes > cost_of(2**20, "cuda").memory_bytes > stored
+
+
+def test_tokens_of_the_probes_are_counted():
+    config = read_config(example_checkpoint())
+    drawn = probes_of(torch.arange(config.vocab_size), config, seed=0)
+    assert sum(one.probe.inputs.numel() for one in drawn) == cost.PROBED

@@ -13,7 +13,7 @@ import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.commands._fit import fit_report
-from kimi_convert.commands._report import Sentence
+from kimi_convert.commands._report import Sentence, Table
 from kimi_convert.config.calibration import (
     AlignRecipe,
     CalibrationRecipe,
@@ -39,6 +39,7 @@ from kimi_convert.conversion.calibration.long_context import LongContext
 from kimi_convert.conversion.fitted import WORK_SUFFIX, convert_checkpoint
 from kimi_convert.errors import CalibrationError, OutputError, VerificationError
 from kimi_convert.model.loading import load_model
+from kimi_convert.model.recall import probes_of
 from kimi_convert.validation import Check, ValidationOptions, validate_checkpoint
 from tests.pretend_device import pretended_device
 from tests.quantized import write_twins
@@ -181,6 +182,27 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
     assert document["validation"]["tokens"] == 4 * LENGTH
     by_position = document["validation"]["kl_by_position"]
     assert by_position == {"0 to 23": pytest.approx(document["validation"]["kl"])}
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["fitted", "distilled"])
+def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text, steps):
+    source = source_of(tmp_path)
+    recipe = distilled(recipe_of(), steps=steps)
+    result = convert(source, tmp_path / "hybrid", text, recipe=recipe)
+    document = json.loads((result.output / "conversion.json").read_text())["calibration"]
+    config = read_config(source)
+    given = calibration_text(text, source, config, recipe.calibration, seed=recipe.seed)
+    drawn = probes_of(given.tokens, config, seed=recipe.seed)
+    assert [probe["name"] for probe in document["probes"]] == ["copying", "induction", "pairs"]
+    for probe, one in zip(document["probes"], drawn, strict=True):
+        assert probe["answers"] == one.probe.asked.sum()
+        for who, folder in (("student", result.output), ("teacher", source)):
+            with torch.no_grad():
+                likeliest = load_model(folder)(one.probe.inputs).argmax(-1)[one.probe.asked]
+            right = (likeliest == one.probe.answers).double().mean().item()
+            assert probe[who] == pytest.approx(right, abs=1.01 / probe["answers"])
+    said = [section for section in fit_report(result.fit) if isinstance(section, Table)]
+    assert any(len(table.rows) == len(drawn) and "hybrid" in table.columns for table in said)
 
 
 def test_choice_that_does_not_hold_at_length_is_overturned_and_said(tmp_path, text, monkeypatch):

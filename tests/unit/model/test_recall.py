@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kimi_convert.validation.recall import (
+from kimi_convert.model.recall import (
     copying_probe,
     induction_probe,
     pairs_probe,
