@@ -105,6 +105,7 @@ def _kept(fit: CalibrationReport) -> Report:
         (
             layers_text(one.kept) + (", released pattern" if one is released else ""),
             f"{one.kl:.4f}",
+            f"{one.chance:.4f}",
             str(one.longest_run),
             "kept" if one.kept == fit.kept else "",
         )
@@ -113,9 +114,9 @@ def _kept(fit: CalibrationReport) -> Report:
     return (
         Table(
             "Layers that could stay MLA, by the KL of a first student",
-            ("layers", "KL", "KDA in a row", ""),
+            ("layers", "KL", "chance", "KDA in a row", ""),
             rows,
-            right=("KL", "KDA in a row"),
+            right=("KL", "chance", "KDA in a row"),
         ),
         *_at_length(fit),
     )
