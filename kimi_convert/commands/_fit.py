@@ -96,11 +96,12 @@ def _heads(fit: CalibrationReport) -> Table:
 
 
 def _kept(fit: CalibrationReport) -> Report:
-    """Show the released pattern and the best of the others."""
+    """Show the released pattern, the kept set and the best of the others."""
     if len(fit.compared) < 2:
         return ()
     released, *others = fit.compared
-    best = sorted(others, key=lambda one: one.kl)[: _SHOWN_SETS - 1]
+    others.sort(key=lambda one: (one.kept != fit.kept, one.kl))
+    best = others[: _SHOWN_SETS - 1]
     rows = tuple(
         (
             layers_text(one.kept) + (", released pattern" if one is released else ""),
@@ -118,7 +119,22 @@ def _kept(fit: CalibrationReport) -> Report:
             rows,
             right=("KL", "chance", "KDA in a row"),
         ),
+        *_by_chance(fit),
         *_at_length(fit),
+    )
+
+
+def _by_chance(fit: CalibrationReport) -> Report:
+    """Say why another set than the first is kept."""
+    first = min(fit.compared, key=lambda one: one.kl)
+    kept = next(one for one in fit.compared if one.kept == fit.kept)
+    if kept is first or kept.kl - first.kl > kept.chance:
+        return ()
+    return (
+        Sentence(
+            "Chance could have put the first of these there; of those that it cannot be told from,"
+            " the one nearest to the released pattern is kept."
+        ),
     )
 
 

@@ -125,7 +125,7 @@ def _taken(rows: torch.Tensor, recipe: CalibrationRecipe, *, seed: int) -> Calib
 
 def _spread(rows: range, count: int) -> list[int]:
     """Return so many of some rows, as far apart as they can be."""
-    return [rows[n * len(rows) // count] for n in range(count)]
+    return [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(count)]
 
 
 def _too_little(path: Path, recipe: CalibrationRecipe, *, rows: int) -> CalibrationError:
