@@ -95,8 +95,8 @@ def kda_key_gradients_kernel(
 
         # Through the state before and the state after.
         b_dq = tl.zeros([C, TILE_K], tl.float32)
-        b_dk_row = tl.zeros([C, TILE_K], tl.float32)
-        b_dk_column = tl.zeros([C, TILE_K], tl.float32)
+        b_dk = tl.zeros([C, TILE_K], tl.float32)
+        b_dk_after = tl.zeros([C, TILE_K], tl.float32)
         b_ddecay = tl.zeros([TILE_K], tl.float32)
         for i_v in range(0, BV, TILE_V):
             o_v = i_v + tl.arange(0, TILE_V)
@@ -109,8 +109,8 @@ def kda_key_gradients_kernel(
             b_dv = tl.load(d_v + p_tv, mask=m_tv, other=0).to(DTYPE)
             b_delta = tl.trans(tl.load(deltas + (i_ch * BV + o_v[:, None]) * C + column))
             b_dq = tl.dot(b_do, b_state, acc=b_dq, input_precision=PRECISION)
-            b_dk_row = tl.dot(b_dv, b_state, acc=b_dk_row, input_precision=PRECISION)
-            b_dk_column = tl.dot(b_delta, b_dstate, acc=b_dk_column, input_precision=PRECISION)
+            b_dk = tl.dot(b_dv, b_state, acc=b_dk, input_precision=PRECISION)
+            b_dk_after = tl.dot(b_delta, b_dstate, acc=b_dk_after, input_precision=PRECISION)
             b_ddecay += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
         b_g = tl.load(g + p_tk, mask=m_tk, other=0).to(tl.float32) * LOG2_E
         b_g = tl.maximum(b_g, -200.0, propagate_nan=tl.PropagateNan.ALL)
@@ -124,15 +124,15 @@ def kda_key_gradients_kernel(
             before = tl.cumsum(b_g, 0)
             after = total[None, :] - before
         b_dq *= tl.exp2(before)
-        b_dk_row *= -tl.exp2(before)
-        b_dk_column *= tl.exp2(after)
+        b_dk *= -tl.exp2(before)
+        passed = b_q * b_dq + b_k * b_dk
+        b_dk_after *= tl.exp2(after)
         # What passes through exp(G_C - G_j) counts for the g after j. Summed without j itself, which
         # may be as much larger as the decay is strong.
         earlier = (row > column).to(tl.float32)
-        b_dg = tl.dot(earlier, b_k * b_dk_column, input_precision=SINGLE_PRECISION)
+        b_dg = tl.dot(earlier, b_k * b_dk_after, input_precision=SINGLE_PRECISION)
         b_dg += (tl.exp2(total) * b_ddecay)[None, :]
-        b_dk_after = b_dk_column
-        b_dk_column = tl.zeros([C, TILE_K], tl.float32)
+        b_dk += b_dk_after
 
         # Through the pairs.
         levels = halvings(b_g, FACTOR_LIMIT, LOG_C, TILE_K)
@@ -143,26 +143,28 @@ def kda_key_gradients_kernel(
             falls = tl.exp2(tl.where(last, -distance, -tl.abs(distance)))
             joined = (last & (apart < (C >> level))) | ((apart >> (LOG_C - 1 - level)) == 1)
             b_column = (b_k * falls).to(DTYPE)
+            # What a pair gives to its row and takes from its column cancels for all tokens before
+            # both, to the last bit if it is made of the same factors: as they were multiplied.
             pairs = tl.where(joined, b_dreads, 0.0)
-            b_dq += rises * tl.dot(pairs, b_column, input_precision=PRECISION)
-            b_dk_column += falls * tl.dot(
-                tl.trans(pairs), (b_q * rises).to(DTYPE), input_precision=PRECISION
-            )
+            b_row = (b_q * rises).to(DTYPE)
+            d_row = tl.dot(pairs, b_column, input_precision=PRECISION)
+            d_column = tl.dot(tl.trans(pairs), b_row, input_precision=PRECISION)
+            b_dq += rises * d_row
+            passed += b_row.to(tl.float32) * d_row
             pairs = tl.where(joined, b_da, 0.0)
-            d_row = rises * tl.dot(pairs, b_column, input_precision=PRECISION)
-            b_dk_row += b_beta * d_row
-            b_dbeta += tl.sum(b_k * d_row, 1)
-            b_dk_column += falls * tl.dot(
-                tl.trans(pairs), (b_k * rises * b_beta).to(DTYPE), input_precision=PRECISION
-            )
+            b_row = (b_k * rises * b_beta).to(DTYPE)
+            d_row = tl.dot(pairs, b_column, input_precision=PRECISION)
+            d_column = tl.dot(tl.trans(pairs), b_row, acc=d_column, input_precision=PRECISION)
+            b_dk += b_beta * rises * d_row + falls * d_column
+            b_dbeta += tl.sum(b_k * rises * d_row, 1)
+            passed += b_row.to(tl.float32) * d_row - b_column.to(tl.float32) * d_column
 
         # Not a reversed cumsum: on a GPU, that of Triton 3.6 is wrong here.
-        passed = b_q * b_dq + b_k * (b_dk_row - b_dk_column)
         later = (row <= column).to(tl.float32)
         b_dg = tl.dot(later, passed, acc=b_dg, input_precision=SINGLE_PRECISION)
         b_dq += own * b_k
-        b_dk_column += b_dk_after + own * b_q
+        b_dk += own * b_q
         tl.store(d_q + p_tk, (b_dq * scale).to(d_q.dtype.element_ty), mask=m_tk)
-        tl.store(d_k + p_tk, (b_dk_row + b_dk_column).to(d_k.dtype.element_ty), mask=m_tk)
+        tl.store(d_k + p_tk, b_dk.to(d_k.dtype.element_ty), mask=m_tk)
         tl.store(d_g + p_tk, b_dg, mask=m_tk)
     tl.store(d_beta + (start + i) * HV + i_h, b_dbeta, mask=m_t)

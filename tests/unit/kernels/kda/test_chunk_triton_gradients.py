@@ -105,6 +105,28 @@ def test_gradients_are_within_twice_the_error_of_torch(kind, dtype):
 
 
 @DTYPE
+@pytest.mark.parametrize("mean", [0.5, 1.0, 2.5])
+def test_gradients_of_gates_add_up_over_tokens_as_well_as_torchs(mean, dtype):
+    # Keys that are all alike, as softmax features are: what pairs give to one token and take from
+    # another is far more than what is left, which a gate's bias gets the sum of.
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(1, 64, 1, 64, generator=generator) for _ in range(3))
+    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    g = -2 * mean * torch.rand(q.shape, generator=generator)
+    beta, state = torch.rand(1, 64, 1, generator=generator), torch.zeros(1, 1, 64, 64)
+    inputs = [x.to(DEVICE) for x in (*(y.to(dtype) for y in (q, k, v)), g, beta.to(dtype), state)]
+
+    def plain(*leaves):
+        return recurrent_kda_reference(*leaves[:5], scale=64**-0.5, state=leaves[5])
+
+    found = gradients(triton, inputs, None)[3].double().sum(1)
+    rounded = gradients(lambda *x: rounded_recurrence(*x, dtype), inputs, torch.float32)[3]
+    expected = gradients(plain, inputs, torch.float64)[3].sum(1)
+    error = (found - expected).square().mean().sqrt()
+    assert error <= 2 * (rounded.double().sum(1) - expected).square().mean().sqrt()
+
+
+@DTYPE
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65])
 def test_gradients_of_any_length(T, dtype):
     check(case("mixed", T, dtype, B=1, H=1), dtype)
