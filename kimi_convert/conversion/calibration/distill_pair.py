@@ -8,10 +8,11 @@ from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.config.progress import ProgressCallback
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
 from kimi_convert.conversion.calibration.distill import DistillInput, distill
-from kimi_convert.conversion.calibration.ends import FROZEN, Ends, rest_dtypes, trained_ends
+from kimi_convert.conversion.calibration.ends import Ends, trained_ends
 from kimi_convert.conversion.calibration.hybrid import Hybrid, HybridLayer, same_weights
 from kimi_convert.conversion.calibration.ranks import Ranks
 from kimi_convert.conversion.calibration.realign import aligned_name, mixer_of, parameters_of
+from kimi_convert.conversion.calibration.rest import FROZEN, rest_dtypes
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kimi_convert.conversion.calibration.align import step_size
-from kimi_convert.conversion.calibration.ends import FROZEN, Ends
-from kimi_convert.conversion.calibration.ends import step_size as step_size_beside_mixers
+from kimi_convert.conversion.calibration.ends import Ends
 from kimi_convert.conversion.calibration.ranks import Ranks, whole
+from kimi_convert.conversion.calibration.rest import FROZEN, own_step_size
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.cache import LayerCache, ModelCache
@@ -106,7 +106,7 @@ class HybridLayer(nn.Module):
 
     def _step_size(self, name: str, value: torch.Tensor) -> float:
         if name in self._dtypes:
-            return step_size_beside_mixers(value)
+            return own_step_size(value)
         return step_size(name.partition(".")[2], value)
 
     def _student(self, hidden: torch.Tensor) -> torch.Tensor:

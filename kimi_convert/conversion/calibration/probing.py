@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
-from kimi_convert.conversion.calibration.ends import stored_ends, stored_rest
+from kimi_convert.conversion.calibration.ends import stored_ends
+from kimi_convert.conversion.calibration.rest import stored_rest
 from kimi_convert.conversion.calibration.sequential import SequentialInput, fitted_student
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import advance, batches, make_stream

@@ -31,13 +31,7 @@ from kimi_convert.conversion.calibration.distill_pair import (
     distilled_name,
     save_distilled,
 )
-from kimi_convert.conversion.calibration.ends import (
-    FROZEN,
-    Ends,
-    rest_dtypes,
-    rest_of,
-    trained_ends,
-)
+from kimi_convert.conversion.calibration.ends import Ends, trained_ends
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
 from kimi_convert.conversion.calibration.hybrid import Hybrid, HybridLayer
 from kimi_convert.conversion.calibration.long_context import LongContext, compare_at_length
@@ -48,6 +42,7 @@ from kimi_convert.conversion.calibration.report import (
     LayerFit,
     layer_fit,
 )
+from kimi_convert.conversion.calibration.rest import FROZEN, rest_dtypes, rest_of
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
     SolvedStudent,
