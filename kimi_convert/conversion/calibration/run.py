@@ -121,7 +121,12 @@ def calibrate(
         sequence_length=rows.inputs.shape[1],
         kept=choice.kept,
         compared=tuple(
-            KeptSet(kept=kept, kl=kl, longest_run=longest_run(kept, config.num_layers))
+            KeptSet(
+                kept=kept,
+                kl=kl,
+                chance=choice.chance_of[kept],
+                longest_run=longest_run(kept, config.num_layers),
+            )
             for kept, kl in choice.kl_of.items()
         ),
         layers=tuple(_layer_fit(n, study, solved, store) for n in range(config.num_layers)),
@@ -164,9 +169,8 @@ class _Run:
         long = compare_at_length(
             self.teacher,
             given,
-            study,
             (released, choice.kept),
-            self.text.tokens[len(tokens) - self.text.validation_rows :, 1:],
+            self.text.long,
             self.store,
             self.on_progress,
         )

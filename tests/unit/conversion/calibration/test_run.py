@@ -207,7 +207,7 @@ def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text
 
 def test_choice_that_does_not_hold_at_length_is_overturned_and_said(tmp_path, text, monkeypatch):
     def nearer(*given):
-        released, chosen = given[3]
+        released, chosen = given[2]
         return LongContext(length=96, kl_of={released: 0.25, chosen: 0.5})
 
     monkeypatch.setattr(run, "compare_at_length", nearer)
