@@ -96,15 +96,17 @@ def _heads(fit: CalibrationReport) -> Table:
 
 
 def _kept(fit: CalibrationReport) -> Report:
-    """Show the released pattern and the best of the others."""
+    """Show the released pattern, the kept set and the best of the others."""
     if len(fit.compared) < 2:
         return ()
     released, *others = fit.compared
-    best = sorted(others, key=lambda one: one.kl)[: _SHOWN_SETS - 1]
+    others.sort(key=lambda one: (one.kept != fit.kept, one.kl))
+    best = others[: _SHOWN_SETS - 1]
     rows = tuple(
         (
             layers_text(one.kept) + (", released pattern" if one is released else ""),
             f"{one.kl:.4f}",
+            f"{one.chance:.4f}",
             str(one.longest_run),
             "kept" if one.kept == fit.kept else "",
         )
@@ -113,11 +115,26 @@ def _kept(fit: CalibrationReport) -> Report:
     return (
         Table(
             "Layers that could stay MLA, by the KL of a first student",
-            ("layers", "KL", "KDA in a row", ""),
+            ("layers", "KL", "chance", "KDA in a row", ""),
             rows,
-            right=("KL", "KDA in a row"),
+            right=("KL", "chance", "KDA in a row"),
         ),
+        *_by_chance(fit),
         *_at_length(fit),
+    )
+
+
+def _by_chance(fit: CalibrationReport) -> Report:
+    """Say why another set than the first is kept."""
+    first = min(fit.compared, key=lambda one: one.kl)
+    kept = next(one for one in fit.compared if one.kept == fit.kept)
+    if kept is first or kept.kl - first.kl > kept.chance:
+        return ()
+    return (
+        Sentence(
+            "Chance could have put the first of these there; of those that it cannot be told from,"
+            " the one nearest to the released pattern is kept."
+        ),
     )
 
 

@@ -74,7 +74,8 @@ DistillOpt = Annotated[
         "--distill",
         metavar="TOKENS",
         min=1,
-        help="Then train all mixers together on so many tokens; under torchrun, on every device.",
+        help="Then train all mixers together on so many tokens, or all parameters if the recipe "
+        "says so; under torchrun, on every device.",
         show_default=False,
     ),
 ]
@@ -98,7 +99,8 @@ def align(
 ) -> None:
     """Train the mixers of a hybrid towards its teacher, and write it anew.
 
-    Each alone, layer by layer; with --distill also all together, on several devices with
+    Each alone, layer by layer; with --distill also all together, with all else if the recipe's
+    distill.parameters is "all", on several devices with
     torchrun --nproc-per-node N -m kimi_convert align. Of a recipe, the sections calibration,
     align, distill and kda.seed count. The output folder appears whole or not at all; the same call
     goes on from what an interrupted one has finished.

@@ -66,7 +66,8 @@ DistillOpt = Annotated[
         "--distill",
         metavar="TOKENS",
         min=0,
-        help="Train all mixers together on so many tokens.",
+        help="Train all mixers together on so many tokens, or all parameters if the recipe says "
+        "so.",
         show_default=False,
     ),
 ]

@@ -27,6 +27,13 @@ class InitMethod(StrEnum):
     TOKENWISE = "tokenwise"  # the best map of single tokens
 
 
+class DistilledParameters(StrEnum):
+    """What a distillation trains."""
+
+    MIXERS = "mixers"
+    ALL = "all"  # but a router's correction bias, which no gradient reaches
+
+
 def _require(holds: bool, field_name: str, expected: object, found: object) -> None:
     if not holds:
         raise RecipeError(
@@ -59,6 +66,7 @@ class DistillRecipe:
     """Gradient steps on all mixers together, towards the teacher's predictions; none by default."""
 
     tokens: int = 0
+    parameters: DistilledParameters = DistilledParameters.MIXERS
     tokens_per_step: int = 8192
     learning_rate: float = 1e-3
     written_tokens: int = 0  # that the teacher writes, and that are drawn from beside the text
@@ -82,6 +90,11 @@ class DistillRecipe:
     def steps(self) -> int:
         """Optimizer steps."""
         return self.tokens // self.tokens_per_step
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether there are steps that move more than mixers."""
+        return self.steps > 0 and self.parameters is DistilledParameters.ALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +194,22 @@ def read_calibration(
         ),
         distill=DistillRecipe(
             tokens=distill.integer("tokens", default=whole.tokens),
+            parameters=_parameters(distill.text("parameters", default=whole.parameters)),
             tokens_per_step=distill.integer("tokens_per_step", default=whole.tokens_per_step),
             learning_rate=distill.number("learning_rate", default=whole.learning_rate),
             written_tokens=distill.integer("written_tokens", default=whole.written_tokens),
         ),
     )
+
+
+def _parameters(text: str) -> DistilledParameters:
+    _require(
+        text in {*DistilledParameters},
+        "distill.parameters",
+        " or ".join(DistilledParameters),
+        text,
+    )
+    return DistilledParameters(text)
 
 
 def _method(text: str) -> InitMethod:

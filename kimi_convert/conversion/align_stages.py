@@ -51,10 +51,12 @@ def open_store(folder: Path, digest: str, ranks: Ranks) -> CalibrationStore:
     return CalibrationStore(folder, digest)
 
 
-def last_parameter(store: CalibrationStore, layer_idx: int, name: str) -> torch.Tensor:
-    """Return a mixer's parameter by its name in a layer, as the last stage left it."""
-    last = distilled_name if store.has(DISTILLED) else aligned_name
-    return store.tensor(last(layer_idx), name)
+def last_parameter(store: CalibrationStore, layer_idx: int | None, name: str) -> torch.Tensor:
+    """Return a parameter by its name in a layer, or outside, as the last stage left it."""
+    if store.has(DISTILLED):
+        return store.tensor(distilled_name(layer_idx), name)
+    assert layer_idx is not None
+    return store.tensor(aligned_name(layer_idx), name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

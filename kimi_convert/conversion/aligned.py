@@ -1,4 +1,4 @@
-"""Align an existing hybrid to its teacher, and write it anew: mixers changed, all else as it was.
+"""Align an existing hybrid to its teacher, and write it anew: what was not trained is as it was.
 
 Finished layers lie beside the output, in OUTPUT.calibration, until the output is complete: after
 an interrupt the same call goes on from there.
@@ -117,7 +117,10 @@ def align_checkpoint(
     text = bundled_text() if request.text is None else request.text
     configs = read_config(teacher), read_config(student)
     _check_pair(*configs, where=student)
-    job = plan_rewriting(student, configs[1], max_shard_bytes)
+    everything = request.calibration.distill.trains_all
+    if everything and configs[1].tie_word_embeddings:
+        raise _tied(student)
+    job = plan_rewriting(student, configs[1], max_shard_bytes, everything=everything)
     record = read_conversion_record(student)
     for folder in (teacher, student) if ranks.is_first else ():
         check_output(output, source=folder, nbytes=job.shards.file_bytes, shareable=job.shareable)
@@ -196,6 +199,16 @@ def _not_a_pair(name: str, expected: object, found: object, where: Path) -> Conf
         expected=expected,
         found=found,
         hint="Give the checkpoint that the hybrid was converted from.",
+    )
+
+
+def _tied(student: Path) -> ConfigError:
+    return ConfigError(
+        "the output matrix of this hybrid is its embedding, which cannot be trained as one",
+        where=student,
+        expected="tie_word_embeddings: false",
+        found=True,
+        hint="Train the mixers alone: distill.parameters = 'mixers'.",
     )
 
 

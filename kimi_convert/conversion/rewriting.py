@@ -1,4 +1,4 @@
-"""Write a hybrid anew with other mixers: what is not a mixer keeps its bytes, names and dtype."""
+"""Write a hybrid anew: what was not trained keeps its bytes, and everything its name and dtype."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from kimi_convert.config.architecture import ModelConfig
 from kimi_convert.config.huggingface import CONFIG_FILE
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.provenance import carried_files
+from kimi_convert.conversion.rules import is_trained
 from kimi_convert.model.names.layout import MatchedCheckpoint, match_checkpoint
 
-# (layer, name in it, as "kda.q.weight") -> the parameter
-MixerParameter = Callable[[int, str], torch.Tensor]
+# (layer, name in it, as "kda.q.weight"), or (None, name) outside of layers -> the parameter
+NewParameter = Callable[[int | None, str], torch.Tensor]
 
 _STAGE = "writing weights"
-_MIXERS = ("layers.{layer}.kda.", "layers.{layer}.mla.")
 
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """A hybrid that is written anew, with other mixers."""
+    """A hybrid that is written anew."""
 
     folder: Path  # of the student
     index: CheckpointIndex
@@ -50,8 +50,16 @@ class Rewriting:
         return shareable(self.shards.shards, self.copies, self.index.shards)
 
 
-def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> Rewriting:
+def plan_rewriting(
+    student: Path, config: ModelConfig, max_shard_bytes: int, *, everything: bool
+) -> Rewriting:
     """Plan the files of weights; only config and headers are read.
+
+    Args:
+        student: folder of the hybrid.
+        config: its config.
+        max_shard_bytes: of each file of weights, its header included.
+        everything: whether more than the mixers is new.
 
     Raises:
         CheckpointError: the student is not whole.
@@ -66,24 +74,21 @@ def plan_rewriting(student: Path, config: ModelConfig, max_shard_bytes: int) -> 
     copies = {
         name: matched.weights[entry.param].stored[0]
         for name, entry in entries.items()
-        if not _is_mixer(entry)
+        if not is_trained(entry.template, everything=everything)
     }
     shards = share_layout(plan_shards(planned, max_shard_bytes), copies, max_shard_bytes)
     return Rewriting(student, index, matched, entries, shards, copies)
 
 
-def _is_mixer(entry: Entry) -> bool:
-    return entry.template.startswith(_MIXERS)
-
-
 def _dtype(entry: Entry, weight: Weight) -> str:
-    return "F32" if _is_mixer(entry) and entry.storage is Storage.FP32 else weight.dtype
+    """Return what a tensor is written in; the formats have fp32 for parameters of mixers alone."""
+    return "F32" if entry.storage is Storage.FP32 else weight.dtype
 
 
 def write_weights(
     target: Output,
     job: Rewriting,
-    mixer: MixerParameter,
+    new: NewParameter,
     on_progress: ProgressCallback,
 ) -> None:
     """Write the weights and all that is carried over, but the record of the conversion.
@@ -91,14 +96,14 @@ def write_weights(
     Args:
         target: an open output.
         job: the plan.
-        mixer: gives a layer's new parameters.
+        new: gives new parameters.
         on_progress: told of bytes.
     """
     total, before = job.shards.total_size, 0
     extents = extents_of(job.copies, job.index.shards)
     with WeightReader(job.index) as reader:
         for shard in job.shards.shards:
-            chunks = (_bytes_of(job, tensor, reader, mixer) for tensor in shard.tensors)
+            chunks = (_bytes_of(job, tensor, reader, new) for tensor in shard.tensors)
 
             def tell(name: str, done: int, before: int = before) -> None:
                 on_progress(ProgressEvent(_STAGE, before + done, total, "bytes", name))
@@ -113,13 +118,11 @@ def write_weights(
 
 
 def _bytes_of(
-    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, mixer: MixerParameter
+    job: Rewriting, tensor: PlannedTensor, reader: WeightReader, new: NewParameter
 ) -> Iterator[memoryview]:
     entry = job.entries[tensor.name]
-    if not _is_mixer(entry):
+    if tensor.name in job.copies:
         return reader.chunks(job.matched.weights[entry.param])
-    assert entry.layer_idx is not None
-    name = entry.param.removeprefix(f"layers.{entry.layer_idx}.")
-    made = mixer(entry.layer_idx, name)
+    made = new(entry.layer_idx, entry.param.removeprefix(f"layers.{entry.layer_idx}."))
     stored = made.to(torch_dtype(tensor.dtype)).reshape(entry.shape).contiguous()
     return iter((tensor_bytes(stored),))

@@ -115,8 +115,12 @@ _LOW_RANK_GATES = frozenset(_KDA + f"{name}.weight" for name in ("f_a", "f_b", "
 _REPLACED = frozenset(rule.target for rule in _LING_ALONE) | _LOW_RANK_GATES
 LING_RULES = (*(rule for rule in RULES if rule.target not in _REPLACED), *_LING_ALONE)
 
+# Of a layer: it takes part in a choice alone.
+WITHOUT_GRADIENT = frozenset({"moe.router.bias"})
+
 # What a calibration gives without gradients: every mixer that is new, and of those that stay the
-# output, and the query where it changes. Training moves all of a mixer.
+# output, and the query where it changes. Training moves all of a mixer, and of the rest what it is
+# asked to.
 
 
 def is_solved(rule: Rule) -> bool:
@@ -128,6 +132,12 @@ def is_solved(rule: Rule) -> bool:
     )
 
 
-def is_trained(rule: Rule) -> bool:
-    """Tell whether a calibration with gradients gives a rule's target."""
-    return rule.target.startswith((_KDA, _KEPT))
+def is_trained(target: str, *, everything: bool) -> bool:
+    """Tell whether a calibration with gradients gives a rule's target.
+
+    Args:
+        target: of the rule.
+        everything: whether more than mixers is trained.
+    """
+    mixers = target.startswith((_KDA, _KEPT))
+    return mixers or (everything and target.removeprefix(_L) not in WITHOUT_GRADIENT)

@@ -52,8 +52,8 @@ class Fit(Protocol):
         """What goes into conversion.json."""
         ...
 
-    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
-        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
+    def parameter(self, layer_idx: int | None, name: str) -> torch.Tensor:
+        """Return one fitted parameter, fp32, by its name in the layer, "kda.q.weight", or outside."""
         ...
 
 
@@ -210,7 +210,6 @@ class _Maker:
 
     def _fitted(self, task: TensorTask) -> torch.Tensor:
         assert self.job.fit is not None
-        assert task.layer_idx is not None
         name = task.param.removeprefix(f"layers.{task.layer_idx}.")
         made = self.job.fit.parameter(task.layer_idx, name)
         return made.reshape(task.tensor.shape).contiguous()

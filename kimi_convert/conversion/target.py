@@ -33,7 +33,7 @@ def target_config(
     """
     _check_convertible(source)
     _check_format(source, recipe.output_format)
-    _check_storage(recipe.output_format, output_format)
+    _check_storage(recipe, output_format)
     mla = source.mla
     kept = set(recipe.kept_layers(source.num_layers))
     kda_layers = tuple(i for i in range(source.num_layers) if i not in kept)
@@ -147,7 +147,15 @@ def _check_format(source: ModelConfig, form: TargetFormat) -> None:
             )
 
 
-def _check_storage(form: TargetFormat, stored: OutputFormat) -> None:
+def _check_storage(recipe: Recipe, stored: OutputFormat) -> None:
+    form, fitted = recipe.output_format, recipe.calibration
+    if stored.dtype is TargetDtype.FP8 and fitted is not None and fitted.distill.trains_all:
+        raise RecipeError(
+            "what is trained is written in the source's dtype",
+            expected="distill.parameters 'mixers' with --dtype fp8",
+            found="'all'",
+            hint="Train the mixers alone, or leave out --dtype.",
+        )
     if form is not TargetFormat.KIMI_LINEAR and stored != AS_SOURCE:
         raise RecipeError(
             f"the {form} format is written in the source's dtype and without MTP layers",

@@ -146,7 +146,9 @@ def _is_fitted(rule: Rule, recipe: Recipe) -> bool:
     fitted = recipe.calibration
     if fitted is None:
         return False
-    return is_trained(rule) if fitted.trains else is_solved(rule)
+    if not fitted.trains:
+        return is_solved(rule)
+    return is_trained(rule.target, everything=fitted.distill.trains_all)
 
 
 class _RuleBook:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from kimi_convert.checkpoints.dtypes import torch_dtype
 from kimi_convert.checkpoints.index import open_index
 from kimi_convert.checkpoints.weight_reader import WeightReader
 from kimi_convert.checkpoints.weights import Weight
@@ -150,6 +151,12 @@ class LayerLoader:
         self._fill(head, "embed." if self.config.tie_word_embeddings else "head.")
         return head
 
+    def stored_dtype(self, param: str) -> torch.dtype:
+        """Return the dtype that a parameter has in the files, or is decoded to."""
+        if param == "head.weight" and self.config.tie_word_embeddings:
+            param = "embed.weight"
+        return torch_dtype(self.weights[param].dtype)
+
     def whole_model(self) -> Model:
         """Load everything."""
         with _Unfilled(), torch.device("meta"):
@@ -174,14 +181,8 @@ class LayerLoader:
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
-            parts = {prefix + name: values}
-            if isinstance(owner, Experts):
-                parts = {
-                    f"{prefix}{path}.{expert}.{leaf}.weight": part
-                    for expert, part in enumerate(values)
-                }
-            for stored, part in parts.items():
-                self._read(stored, into=part)
+            for stored, part in as_tabled(module, name, values).items():
+                self._read(prefix + stored, into=part)
                 mapped += part.nbytes
                 # Mapped pages count as resident until their files are closed.
                 if mapped > _MAPPED_BYTES:
@@ -192,6 +193,17 @@ class LayerLoader:
 
     def _read(self, param: str, *, into: torch.Tensor) -> None:
         into.copy_(self.reader.tensor(self.weights[param]))
+
+
+def as_tabled(module: nn.Module, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the values of a module's parameter by the names that the naming tables have for them.
+
+    Those are the parameter's own name, but for experts: each has its tensors, views of the stack.
+    """
+    path, _, leaf = name.rpartition(".")
+    if not isinstance(module.get_submodule(path), Experts):
+        return {name: values}
+    return {f"{path}.{expert}.{leaf}.weight": part for expert, part in enumerate(values)}
 
 
 class _Unfilled(TorchFunctionMode):

@@ -154,11 +154,13 @@ class Experts(nn.Module):
         rows = order // routing.experts.shape[1]  # the token of each choice
         loads = chosen.bincount(minlength=len(self.gate)).tolist()
         total = torch.zeros_like(tokens, dtype=wide(tokens.dtype))
-        parts = zip(rows.split(loads), weights.split(loads), strict=True)
-        for expert, (row, weight) in enumerate(parts):
+        # Cut apart once: each expert taken alone has a gradient of the size of all.
+        experts = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        parts = zip(rows.split(loads), weights.split(loads), experts, strict=True)
+        for row, weight, expert in parts:
             if len(row):
                 # A token is in a part at most once, so the order of additions is fixed.
-                total.index_add_(0, row, self._run(expert, tokens[row]) * weight)
+                total.index_add_(0, row, _swiglu(tokens[row], *expert) * weight)
         return total.to(tokens.dtype)
 
     def runs_all(self, num_tokens: int, device: torch.device) -> bool:
@@ -181,9 +183,12 @@ class Experts(nn.Module):
         down = self.down.transpose(1, 2).flatten(0, 1)  # [E F, D]
         return (inner.flatten(1) @ down).to(tokens.dtype)
 
-    def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
-        return F.linear(hidden, self.down[expert])
+
+def _swiglu(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Run one expert, [F, D] twice and [D, F], on x [N, D]."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def _not_rounded(device: torch.device) -> AbstractContextManager[object]:

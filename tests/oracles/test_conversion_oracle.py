@@ -16,6 +16,7 @@ import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
 from kimi_convert.config.recipe import Recipe
+from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.engine import convert_checkpoint
 from kimi_convert.model.loading import load_model, open_layers
 from kimi_convert.model.numerics import TRANSFORMERS
@@ -23,6 +24,7 @@ from tests.integration.broken import change_tensors
 from tests.oracles.comparison import FP32_BOUND, load_theirs, random_tokens, relative_error
 from tests.oracles.test_deepseek import CLASSES, yarn
 from tests.tiny import tiny_config, write_tiny_checkpoint
+from tests.unit.conversion import test_trained_whole as whole
 
 transformers = pytest.importorskip("transformers")
 
@@ -174,3 +176,20 @@ def test_kept_layer_is_the_teachers_without_rotation(kind, fields, tmp_path):
     ) as layers:
         mixed = layers.layer(3).mix(seen["hidden"], None)
     assert relative_error(mixed, seen["mixed"]) <= FP32_BOUND
+
+
+@pytest.mark.parametrize(
+    ("form", "model_class"),
+    [
+        (TargetFormat.KIMI_LINEAR, "KimiLinearForCausalLM"),
+        (TargetFormat.BAILING_HYBRID, "BailingHybridForCausalLM"),
+    ],
+)
+def test_hybrid_of_which_all_was_trained_loads_and_agrees(form, model_class, tmp_path):
+    whole.teacher_of(tmp_path, rms_norm_eps=1e-6)
+    output = whole.converted(tmp_path, recipe=whole.recipe_of(form=form)).output
+    theirs = load_theirs(getattr(transformers, model_class), output)
+    tokens = random_tokens(4096, 2, 70)
+    with torch.inference_mode():
+        ours = load_model(output, numerics=TRANSFORMERS)(tokens)
+        assert relative_error(ours, theirs(tokens, use_cache=False).logits) <= FP32_BOUND

@@ -1,4 +1,9 @@
-"""The text that a conversion is fitted to: rows of tokens, in an order of their own."""
+"""The text that a conversion is fitted to: rows of tokens from all over a text.
+
+Tokens of one document are alike. A search of twenty rows that follow each other would see two
+documents, and a choice of layers by sixteen of them three: what those do not need is then thrown
+away. So more text is read than is asked for, where there is more, and rows are taken far apart.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +31,22 @@ _SHUFFLED_CHARACTERS = 32 * 1024 * 1024
 _LEAST_BYTES = 1.25
 _BYTE_VOCABULARY = 512
 _CHECKED_ROWS = 64
+_SPREAD = 8  # times the text asked for: what rows are taken from
+_LONG_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationText:
-    """Rows of tokens [N, T + 1]; the last `validation_rows` fit nothing."""
+    """Rows of tokens [N, T + 1], those that a search looks at first.
+
+    The last `validation_rows` fit nothing, nor does what stands near them in the text. The
+    `long_rows` before them follow each other.
+    """
 
     tokens: torch.Tensor  # int64
     validation_rows: int
-    more: torch.Tensor  # [M, T + 1], for training alone; empty where none is asked for
+    long_rows: int
+    training: torch.Tensor  # [L, T]: every row that may be trained on, in the text's order
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -42,10 +54,10 @@ class CalibrationText:
         return self.tokens[:, :-1]
 
     @property
-    def training(self) -> torch.Tensor:
-        """[L, T]: every row that may be trained on."""
-        fit = self.tokens[: len(self.tokens) - self.validation_rows]
-        return torch.cat((fit, self.more))[:, :-1]
+    def long(self) -> torch.Tensor:
+        """[m, T + 1], rows that follow each other."""
+        stop = len(self.tokens) - self.validation_rows
+        return self.tokens[stop - self.long_rows : stop]
 
 
 def calibration_text(
@@ -67,7 +79,8 @@ def calibration_text(
     """
     tokenizer = load_tokenizer(source)
     worded: set[bool] = set()  # whether documents came as text
-    wanted = recipe.rows + recipe.distill.tokens // recipe.sequence_length
+    trained = recipe.rows + recipe.distill.tokens // recipe.sequence_length
+    wanted = max(_SPREAD * recipe.rows, trained)
     try:
         packed = pack_documents(
             _shuffled(_noted(read_documents(path), worded), seed=seed),
@@ -86,11 +99,33 @@ def calibration_text(
         raise _too_little(path, recipe, rows=len(packed.tokens))
     if True in worded and tokenizer.vocab_size > _BYTE_VOCABULARY:
         _check_known(packed.tokens, tokenizer, path)
+    return _taken(packed.tokens, recipe, seed=seed)
+
+
+def _taken(rows: torch.Tensor, recipe: CalibrationRecipe, *, seed: int) -> CalibrationText:
+    """Take what a recipe asks for from rows [M, T + 1] of a text, M at least their number.
+
+    They are the same however much more is read for training. Validation rows come from the last
+    eighth of where they are taken from, so mostly from other documents than those that fit.
+    """
+    pool = min(len(rows), _SPREAD * recipe.rows)
+    fit_rows = recipe.rows - recipe.validation_rows
+    stop = pool - min(max(recipe.validation_rows, pool // _SPREAD), pool - fit_rows)
+    long_rows = min(_LONG_ROWS, fit_rows - recipe.search_rows)
+    fit = _spread(range(long_rows, stop), fit_rows - long_rows)
+    random.Random(seed).shuffle(fit)  # noqa: S311  (an order, not a secret)
+    check = _spread(range(stop, pool), recipe.validation_rows)
     return CalibrationText(
-        tokens=packed.tokens[: recipe.rows],
+        tokens=rows[[*fit, *range(long_rows), *check]],
         validation_rows=recipe.validation_rows,
-        more=packed.tokens[recipe.rows :],
+        long_rows=long_rows,
+        training=torch.cat((rows[:stop], rows[pool:]))[:, :-1],
     )
+
+
+def _spread(rows: range, count: int) -> list[int]:
+    """Return so many of some rows, as far apart as they can be."""
+    return [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(count)]
 
 
 def _too_little(path: Path, recipe: CalibrationRecipe, *, rows: int) -> CalibrationError:

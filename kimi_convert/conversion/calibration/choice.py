@@ -4,7 +4,9 @@ KDA and attention without rotation are complementary: layers that look a few tok
 free as KDA and lost without rotation, layers that look everywhere or at a sink are the reverse.
 Layers with the largest (cost as KDA) - (cost as MLA) are kept first; costs do not add up exactly,
 so sets that differ from that one in a layer are run as whole students, with the released pattern
-beside them, and the nearest to the teacher wins.
+beside them. The nearest to the teacher wins, unless chance could have made it so: of the sets that
+are no further behind it than two standard errors of the difference, over validation rows, the one
+that has most layers in common with the released pattern is kept.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import batches, copy_stream, make_stream
 from kimi_convert.conversion.calibration.students import Student
-from kimi_convert.conversion.calibration.study import Study, StudyInput, divergence, future
+from kimi_convert.conversion.calibration.study import Study, StudyInput, divergences, future
 from kimi_convert.model.loading import LayerLoader
 
 _STAGE = "choosing layers"
 _SWAPPED_OUT = 3  # of the kept layers, those that are worth least
 _SWAPPED_IN = 3  # of the others, those that are worth most
+_STANDARD_ERRORS = 2
 
 KeptLayers = tuple[int, ...]
 
@@ -35,6 +38,7 @@ class LayerChoice:
 
     kept: KeptLayers
     kl_of: Mapping[KeptLayers, float]  # before the sequential pass, on validation rows
+    chance_of: Mapping[KeptLayers, float]  # nats that chance could put it behind the lowest KL
 
 
 def candidate_sets(study: Study, released: KeptLayers) -> list[KeptLayers]:
@@ -66,7 +70,7 @@ def choose_layers(
     store: CalibrationStore,
     on_progress: ProgressCallback,
 ) -> LayerChoice:
-    """Run a student for every set, side by side, and take the nearest to the teacher."""
+    """Run a student for every set, side by side, the released pattern first, and choose."""
     first = make_stream(study.tokens, teacher.embedding(), spill=store.folder)
     streams = {kept: copy_stream(first, spill=store.folder) for kept in sets}
     num_layers = teacher.config.num_layers
@@ -84,5 +88,25 @@ def choose_layers(
                 stream[rows] = after + layer.feed_forward(after)
     on_progress(ProgressEvent(_STAGE, num_layers, num_layers, "layers"))
     head = teacher.head()
-    kl_of = {kept: divergence(head, stream, study.log_probs) for kept, stream in streams.items()}
-    return LayerChoice(kept=min(kl_of, key=lambda kept: (kl_of[kept], kept)), kl_of=kl_of)
+    rows_of = {
+        kept: divergences(head, stream, study.log_probs) for kept, stream in streams.items()
+    }
+    return chosen(rows_of, released=sets[0])
+
+
+def chosen(rows_of: Mapping[KeptLayers, torch.Tensor], *, released: KeptLayers) -> LayerChoice:
+    """Choose by the KL of every validation row.
+
+    Args:
+        rows_of: [n] nats per token of each set, n at least 2.
+        released: one of the sets.
+    """
+    kl_of = {kept: float(rows.mean()) for kept, rows in rows_of.items()}
+    best = min(kl_of, key=lambda kept: (kl_of[kept], kept))
+    chance_of = {
+        kept: _STANDARD_ERRORS * float((rows - rows_of[best]).std()) / len(rows) ** 0.5
+        for kept, rows in rows_of.items()
+    }
+    near = [kept for kept in kl_of if kl_of[kept] - kl_of[best] <= chance_of[kept]]
+    kept = min(near, key=lambda kept: (-len({*kept} & {*released}), kl_of[kept], kept))
+    return LayerChoice(kept=kept, kl_of=kl_of, chance_of=chance_of)

@@ -30,8 +30,10 @@ _CHUNK = 64
 _SEARCH_TENSORS = 22  # of the size of one mixer's features, at once
 _SIDE = 1024
 _DISTILL_PASSES = 5.0  # through both models, backwards included, in passes forwards
+_ALL_PASSES = 6.0  # the same with gradients of all weights, which are as many products again
 _KDA_SHARE = 1.5  # parameters of a KDA mixer over those of the MLA that it replaces, roughly
 _KEPT_OF_STEP = 64.0  # values that a training step keeps, in those of the stream after each layer
+_COPIES = 6  # of what is trained: masters, gradients, two moments, the start, the best so far
 _FP32, _HALF = 4, 2
 _LOGITS_AT_ONCE = 5  # tensors of the size of the logits
 
@@ -66,7 +68,8 @@ def calibration_cost(
     flops = 2 * active * passed + layers * (searches * searched + aligned) * per_pass
     trained = recipe.distill.steps * recipe.distill.tokens_per_step
     head = config.vocab_size * width
-    flops += trained * _DISTILL_PASSES * (2 * (active * layers + head) + layers * per_pass)
+    runs = _ALL_PASSES if recipe.distill.trains_all else _DISTILL_PASSES
+    flops += trained * runs * (2 * (active * layers + head) + layers * per_pass)
     streams = [_FP32 * width * size for size in (tokens, tokens, searched)]
     futures = _FP32 * width * checked * (2 * layers + 1)
     device = torch.device(device)
@@ -99,8 +102,10 @@ def _distill_bytes(
     frozen = sum(_layer_bytes(entries).values()) * (0.5 if on_gpu else 1.0)
     mixers = sum(_FP32 * _size(entry) for entry in entries if ".mla." in entry.template)
     ends = 2 * _FP32 * config.vocab_size * config.hidden_size
-    # Masters, gradients, two moments, the best so far.
-    state = 5 * _KDA_SHARE * mixers
+    trained = _KDA_SHARE * mixers
+    if recipe.distill.trains_all:
+        trained += sum(_layer_bytes(entries).values()) - mixers + ends
+    state = _COPIES * trained
     step = recipe.distill.tokens_per_step * config.hidden_size * config.num_layers
     return frozen + ends + state + _FP32 * _KEPT_OF_STEP * step
 

@@ -1,4 +1,4 @@
-"""Distil a hybrid that exists: its own norms, feed-forward and ends stay, where not the teacher's."""
+"""Distil a hybrid that exists: it keeps norms, feed-forward and ends that are not the teacher's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from kimi_convert.config.calibration import DistillRecipe
 from kimi_convert.config.progress import ProgressCallback
 from kimi_convert.conversion.calibration.calibration_text import CalibrationText
 from kimi_convert.conversion.calibration.distill import DistillInput, distill
-from kimi_convert.conversion.calibration.hybrid import Ends, Hybrid, HybridLayer, same_weights
+from kimi_convert.conversion.calibration.ends import Ends, trained_ends
+from kimi_convert.conversion.calibration.hybrid import Hybrid, HybridLayer, same_weights
 from kimi_convert.conversion.calibration.ranks import Ranks
 from kimi_convert.conversion.calibration.realign import aligned_name, mixer_of, parameters_of
+from kimi_convert.conversion.calibration.rest import FROZEN, rest_dtypes
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.loading import LayerLoader
@@ -29,9 +31,12 @@ def distill_pair(
     ranks: Ranks,
     seed: int,
 ) -> Mapping[str, object]:
-    """Train the mixers of a hybrid, aligned ones where the store has them; return what to note.
+    """Train the mixers or all of a hybrid, aligned mixers where the store has them.
 
     Every rank calls this; the first one stores the result.
+
+    Returns:
+        What to note.
 
     Raises:
         VerificationError: the loss is not finite; the last saved state is kept.
@@ -39,29 +44,40 @@ def distill_pair(
     finished = store.has(DISTILLED)
     ranks.wait()  # else the first may store it before another looks
     if not finished:
-        hybrid = _hybrid(teacher, student, store, ranks)
+        hybrid = _hybrid(teacher, student, store, ranks, trains_all=recipe.trains_all)
         check = text.tokens[len(text.tokens) - text.validation_rows :]
         given = DistillInput(
             tokens=text.training, check=check, teacher=teacher.config, recipe=recipe, seed=seed
         )
-        note = distill(hybrid, given, store, on_progress)
-        for n in range(student.config.num_layers):
-            parameters = hybrid.stored(n)
-            if ranks.is_first:
-                store.save(distilled_name(n), parameters, {})
-        if ranks.is_first:
-            store.save(DISTILLED, {}, note)
+        save_distilled(hybrid, store, distill(hybrid, given, store, on_progress))
         ranks.wait()
     return store.record(DISTILLED)
 
 
-def distilled_name(layer_idx: int) -> str:
-    """Return the store's name of a layer's parameters after distillation."""
-    return f"distilled-{layer_idx:04d}"
+def save_distilled(hybrid: Hybrid, store: CalibrationStore, note: Mapping[str, object]) -> None:
+    """Store what was trained, on the first rank; all must call this."""
+    parts = (hybrid.ends, *hybrid.layers)
+    names = (distilled_name(None), *(distilled_name(n) for n in range(len(hybrid.layers))))
+    for name, part in zip(names, parts, strict=True):
+        parameters = part.stored()
+        if hybrid.ranks.is_first:
+            store.save(name, parameters, {})
+    if hybrid.ranks.is_first:
+        store.save(DISTILLED, {}, note)
+
+
+def distilled_name(layer_idx: int | None) -> str:
+    """Return the store's name of a layer's parameters after distillation; None for the ends."""
+    return "distilled-ends" if layer_idx is None else f"distilled-{layer_idx:04d}"
 
 
 def _hybrid(
-    teacher: LayerLoader, student: LayerLoader, store: CalibrationStore, ranks: Ranks
+    teacher: LayerLoader,
+    student: LayerLoader,
+    store: CalibrationStore,
+    ranks: Ranks,
+    *,
+    trains_all: bool,
 ) -> Hybrid:
     def layers() -> Iterator[HybridLayer]:
         for n in range(teacher.config.num_layers):
@@ -73,14 +89,16 @@ def _hybrid(
                 parameters = {name: value.to(device) for name, value in stored.items()}
             mixer = mixer_of(student.config, parameters)
             matrix = parameters[f"{mixer.prefix}o.weight"].float().T
-            rest = None if _same_rest(theirs, own) else own
             own.kda = own.mla = None
-            yield HybridLayer(theirs, mixer, matrix, rest=rest)
+            dtypes = rest_dtypes(student, own, n) if trains_all else FROZEN
+            rest = None if not trains_all and _same_rest(theirs, own) else own
+            yield HybridLayer(theirs, mixer, matrix, rest=rest, dtypes=dtypes)
 
     ends = Ends(teacher.embedding(), teacher.head())
+    if trains_all:
+        return Hybrid(ends, layers(), own=trained_ends(student), ranks=ranks)
     own = Ends(student.embedding(), student.head())
-    same = all(same_weights(*pair) for pair in ((ends.embed, own.embed), (ends.head, own.head)))
-    same = same and same_weights(ends.head.norm, own.head.norm)
+    same = all(same_weights(*pair) for pair in zip(ends.modules, own.modules, strict=True))
     return Hybrid(ends, layers(), own=None if same else own, ranks=ranks)
 
 

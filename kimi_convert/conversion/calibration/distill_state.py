@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from kimi_convert.conversion.calibration.hybrid import Hybrid
@@ -46,14 +48,22 @@ class DistillState:
         Raises:
             ResourceError: the disk is full or cannot be written.
         """
-        tensors = {f"{name}:best": whole(value) for name, value in self.best.items()}
+        is_first = self._hybrid.ranks.is_first
+        tensors: dict[str, torch.Tensor] = {}
+        for name, part in self._parts():
+            together = whole(part)  # one at a time: a device need not have room for all
+            if is_first:
+                tensors[name] = together.cpu()
+        if is_first:
+            self._store.save(_NAME, tensors, {"losses": self.losses, "looks": self.looks})
+
+    def _parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in self.best.items():
+            yield f"{name}:best", value
         for name, value in self._hybrid.trained().items():
             state = self.optimizer.state[value]
-            tensors |= {f"{name}:{key}": whole(state[key]) for key in _MOMENTS}
-            tensors[f"{name}:value"] = whole(value.detach())
-        if not self._hybrid.ranks.is_first:
-            return
-        self._store.save(_NAME, tensors, {"losses": self.losses, "looks": self.looks})
+            yield from ((f"{name}:{key}", state[key]) for key in _MOMENTS)
+            yield f"{name}:value", value.detach()
 
     def _resume(self) -> None:
         tensors, record = self._store.tensors(_NAME), self._store.record(_NAME)

@@ -1,27 +1,29 @@
 """A hybrid while all its mixers are trained together, around one copy of its teacher.
 
-Everything but the mixers is the teacher's own and frozen, so its weights serve both models. On a GPU
-they are bf16, which is what a checkpoint holds, and layers compute in bf16; what is trained, the
+Everything but the mixers is the teacher's own and frozen, so its weights serve both models, unless
+all of the student is trained: then it has norms, feed-forwards and ends of its own. On a GPU frozen
+weights are bf16, which is what a checkpoint holds, and layers compute in bf16; what is trained, the
 residual stream and the head are fp32. Where their activations would take much memory, layers are run
 again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kimi_convert.conversion.calibration.align import step_size
+from kimi_convert.conversion.calibration.ends import Ends
 from kimi_convert.conversion.calibration.ranks import Ranks, whole
+from kimi_convert.conversion.calibration.rest import FROZEN, own_step_size
 from kimi_convert.conversion.calibration.students import Student
 from kimi_convert.model.block import DecoderLayer
 from kimi_convert.model.cache import LayerCache, ModelCache
-from kimi_convert.model.language_model import Head
+from kimi_convert.model.loading import as_tabled
 from kimi_convert.model.moe import Experts, Router
 
 _HALF = torch.bfloat16
@@ -39,6 +41,7 @@ class HybridLayer(nn.Module):
         matrix: torch.Tensor,
         *,
         rest: DecoderLayer | None = None,
+        dtypes: Mapping[str, torch.dtype] = FROZEN,
     ) -> None:
         """Take over a layer, a mixer and its output matrix [F, D], which becomes a parameter.
 
@@ -47,6 +50,7 @@ class HybridLayer(nn.Module):
             student: the mixer.
             matrix: turns its features into its output.
             rest: norms and feed-forward of the student, where they are not the teacher's.
+            dtypes: of what is trained of these, by name, as its file has it.
         """
         super().__init__()
         self.teacher = teacher
@@ -54,10 +58,12 @@ class HybridLayer(nn.Module):
         self.mixer = student.module.requires_grad_()
         self.matrix = nn.Parameter(matrix.clone(memory_format=torch.contiguous_format))
         self.student = student
+        self._dtypes = dtypes
+        for name in dtypes:
+            self.rest.get_parameter(name).requires_grad_()
         # What a learning rate is multiplied by: of whole parameters, before any is cut.
         self.step_sizes = {
-            name: step_size(name.partition(".")[2], value.detach())
-            for name, value in self.trained().items()
+            name: self._step_size(name, value.detach()) for name, value in self.trained().items()
         }
         if matrix.device.type == "cuda":
             for layer in {self.teacher, self.rest}:
@@ -78,19 +84,34 @@ class HybridLayer(nn.Module):
         """Return what is trained by its name in a layer: "kda.q.weight", "kda.o.weight" as [F, D]."""
         prefix = self.student.prefix
         found = {f"{prefix}{name}": value for name, value in self.mixer.named_parameters()}
-        return {**found, f"{prefix}o.weight": self.matrix}
+        rest = {name: self.rest.get_parameter(name) for name in self._dtypes}
+        return {**found, f"{prefix}o.weight": self.matrix, **rest}
+
+    def rounded(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Round one of `trained` to what its file will hold."""
+        if name in self._dtypes:
+            return value.to(self._dtypes[name]).float()
+        return self.student.rounded(name.partition(".")[2], value)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return what is trained as a checkpoint names and shapes it."""
+        found: dict[str, torch.Tensor] = {}
+        for name, value in self.trained().items():
+            all_of_it = whole(value.detach())
+            if name in self._dtypes:
+                found |= as_tabled(self.rest, name, all_of_it)
+            else:
+                found[name] = all_of_it.T if name.endswith(".o.weight") else all_of_it
+        return found
+
+    def _step_size(self, name: str, value: torch.Tensor) -> float:
+        if name in self._dtypes:
+            return own_step_size(value)
+        return step_size(name.partition(".")[2], value)
 
     def _student(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.mixer(self.rest.input_norm(hidden)) @ self.matrix
         return hidden + self.rest.feed_forward(hidden)
-
-
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """What a model begins and ends with."""
-
-    embed: nn.Embedding
-    head: Head
 
 
 class Hybrid:
@@ -107,13 +128,15 @@ class Hybrid:
         """Take over both models.
 
         Args:
-            ends: of the teacher; on every rank whole.
+            ends: of the teacher; on every rank whole, as are the student's where they are frozen.
             layers: each is cut before the next is asked for.
             own: of the student, where not the teacher's.
             ranks: what it is cut among.
         """
         self.teacher_ends, self.ends = ends, own or ends
         self.ranks = ranks or Ranks()
+        for module in self.ends.modules if self.ends.trained() else ():
+            self.ranks.shard(module)
         self.layers: list[HybridLayer] = []
         for layer in layers:
             self.ranks.shard(layer, also="teach")
@@ -126,27 +149,27 @@ class Hybrid:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what is trained: "3.kda.q.weight" and so on, "3.kda.o.weight" as [F, D]."""
-        return {
+        layers = {
             f"{n}.{name}": value
             for n, layer in enumerate(self.layers)
             for name, value in layer.trained().items()
         }
+        return {**layers, **self.ends.trained()}
 
     def step_size(self, name: str) -> float:
         """Return what a learning rate is multiplied by for one of `trained`."""
-        layer, _, leaf = name.partition(".")
-        return self.layers[int(layer)].step_sizes[leaf]
+        part, leaf = self._owner(name)
+        return part.step_sizes[leaf]
 
     def rounded(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Round one of `trained` to what its file will hold."""
-        layer, _, leaf = name.split(".", 2)
-        return self.layers[int(layer)].student.rounded(leaf, value)
+        part, leaf = self._owner(name)
+        return part.rounded(leaf, value)
 
-    def stored(self, layer_idx: int) -> dict[str, torch.Tensor]:
-        """Return one layer's parameters as a checkpoint names and shapes them."""
-        trained = self.layers[layer_idx].trained()
-        found = {name: whole(value.detach()) for name, value in trained.items()}
-        return {n: v.T if n.endswith(".o.weight") else v for n, v in found.items()}
+    def _owner(self, name: str) -> tuple[HybridLayer | Ends, str]:
+        """Return what has one of `trained`, and its name there."""
+        layer, _, leaf = name.partition(".")
+        return (self.layers[int(layer)], leaf) if layer.isdigit() else (self.ends, name)
 
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the student's last hidden states [B, T, D] fp32 of tokens [B, T]."""
@@ -202,8 +225,9 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _halve(layer: DecoderLayer) -> None:
-    """Round the weights of products to bf16; a router's stay fp32, since they choose."""
+    """Round frozen weights of products to bf16; a router's stay fp32, since they choose."""
     for module in layer.modules():
         if not isinstance(module, Router):
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(_HALF)
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(_HALF)

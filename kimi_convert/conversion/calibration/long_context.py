@@ -1,9 +1,10 @@
 """Whether a choice of layers holds at contexts longer than the one that it was made at.
 
 Layers that are bunched together could cost what lies further back than a calibration's sequences
-are long. So the chosen set and the released pattern are compared once more on validation tokens
-joined to longer sequences, by the tokens in the last half of each; the longest counts of those that
-the teacher handles: there, more context does not make the same tokens harder for it.
+are long. So the chosen set and the released pattern are compared once more on tokens of one
+stretch of text, joined to longer sequences, by the tokens in the last half of each; the longest
+counts of those that the teacher handles: there, more context does not make the same tokens harder
+for it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from kimi_convert.config.progress import ProgressCallback, ProgressEvent
 from kimi_convert.conversion.calibration.choice import KeptLayers
 from kimi_convert.conversion.calibration.store import CalibrationStore
 from kimi_convert.conversion.calibration.streams import advance, batches, copy_stream, make_stream
-from kimi_convert.conversion.calibration.study import Study, StudyInput, future
+from kimi_convert.conversion.calibration.study import StudyInput, future
 from kimi_convert.model.loading import LayerLoader
 
 _STAGE = "comparing long contexts"
 _TIMES = (2, 4)  # of a calibration's sequences
-_TOKENS = 4096
 _SLACK = 0.02  # nats per token that the teacher's loss may rise by chance
 _HEAD_TOKENS = 512  # whose logits exist at a time
 
@@ -46,9 +46,8 @@ class LongContext:
 def compare_at_length(
     teacher: LayerLoader,
     given: StudyInput,
-    study: Study,
     sets: Sequence[KeptLayers],
-    targets: torch.Tensor,
+    text: torch.Tensor,
     store: CalibrationStore,
     on_progress: ProgressCallback,
 ) -> LongContext | None:
@@ -57,17 +56,17 @@ def compare_at_length(
     Args:
         teacher: the source.
         given: of the study.
-        study: what it found on sequences of the calibration's length.
         sets: layers that stay.
-        targets: [n, T], the token after each of the study's.
+        text: [m, T + 1], rows of a calibration that follow each other, each with the next's first
+            token.
         store: with searched layers.
         on_progress: told of layers.
 
     Returns:
         None where no longer sequence can be made, or the teacher handles none.
     """
-    short = study.tokens.shape[1]
-    tokens = study.tokens.flatten()[:_TOKENS]
+    tokens, targets = text[:, :-1].flatten(), text[:, 1:].flatten()
+    short = text.shape[1] - 1
     lengths = [
         length
         for length in (times * short for times in _TIMES)
@@ -75,9 +74,32 @@ def compare_at_length(
     ]
     if not lengths:
         return None
+    alone = _Run(tokens.view(-1, short), (), teacher, store)
     runs = [
         _Run(tokens[: len(tokens) // n * n].view(-1, n), sets, teacher, store) for n in lengths
     ]
+    _go_through(teacher, given, (alone, *runs), store, on_progress)
+    head, found = teacher.head(), None
+    with_less = alone.losses(head, targets)
+    for run in runs:
+        shape = run.guide.shape[:2]
+        loss = _last_half(run.losses(head, targets), shape).mean()
+        if loss > _last_half(with_less, shape).mean() + _SLACK:
+            break
+        found = LongContext(
+            length=run.guide.shape[1], kl_of={kept: run.divergence(head, kept) for kept in sets}
+        )
+    return found
+
+
+def _go_through(
+    teacher: LayerLoader,
+    given: StudyInput,
+    runs: Sequence[_Run],
+    store: CalibrationStore,
+    on_progress: ProgressCallback,
+) -> None:
+    """Take the teacher's stream and every student's of all runs through the layers."""
     num_layers = teacher.config.num_layers
     for layer_idx in range(num_layers):
         on_progress(ProgressEvent(_STAGE, layer_idx, num_layers, "layers"))
@@ -85,9 +107,9 @@ def compare_at_length(
         for kind in ("mla", "kda"):
             student, matrix = future(kind, layer, layer_idx, given, store)
             for stream in (
-                run.students[kept]
+                stream
                 for run in runs
-                for kept in sets
+                for kept, stream in run.students.items()
                 if (layer_idx in kept) == (kind == "mla")
             ):
                 for rows in batches(len(stream)):
@@ -97,15 +119,6 @@ def compare_at_length(
             for rows in batches(len(run.guide)):
                 advance(run.guide, layer, layer.mix(run.guide[rows]), rows)
     on_progress(ProgressEvent(_STAGE, num_layers, num_layers, "layers"))
-    head, found = teacher.head(), None
-    for run in runs:
-        loss = run.loss(head, targets.flatten())
-        if loss > _short_loss(study, targets, run.guide.shape[:2]) + _SLACK:
-            break
-        found = LongContext(
-            length=run.guide.shape[1], kl_of={kept: run.divergence(head, kept) for kept in sets}
-        )
-    return found
 
 
 class _Run:
@@ -121,14 +134,15 @@ class _Run:
         self.guide = make_stream(tokens, teacher.embedding(), spill=store.folder)
         self.students = {kept: copy_stream(self.guide, spill=store.folder) for kept in sets}
 
-    def loss(self, head: Head, targets: torch.Tensor) -> float:
-        """Return the teacher's loss on the last half of each sequence, nats per token."""
-        wanted = _last_half(targets, self.guide.shape[:2]).flatten()
-        total = 0.0
-        for part, aim in zip(self._last(self.guide), wanted.split(_HEAD_TOKENS), strict=True):
-            log_probs = head(part).log_softmax(-1)
-            total -= float(log_probs.gather(-1, aim.to(part.device)[:, None]).double().sum())
-        return total / len(wanted)
+    def losses(self, head: Head, targets: torch.Tensor) -> torch.Tensor:
+        """Return the teacher's loss of every token [n * L] in nats, fp64."""
+        stream = self.guide.flatten(0, 1)
+        aims = targets[: len(stream)].split(_HEAD_TOKENS)
+        found = [
+            -head(part).log_softmax(-1).gather(-1, aim.to(part.device)[:, None]).double()
+            for part, aim in zip(stream.split(_HEAD_TOKENS), aims, strict=True)
+        ]
+        return torch.cat(found).flatten()
 
     def divergence(self, head: Head, kept: KeptLayers) -> float:
         """Return KL(teacher || student) on the last half of each sequence, nats per token."""
@@ -143,13 +157,6 @@ class _Run:
 
     def _last(self, stream: torch.Tensor) -> Sequence[torch.Tensor]:
         return stream[:, stream.shape[1] // 2 :].flatten(0, 1).split(_HEAD_TOKENS)
-
-
-def _short_loss(study: Study, targets: torch.Tensor, shape: Sequence[int]) -> float:
-    """Return the teacher's loss on the same tokens, seen with less context."""
-    aim = targets.to(study.log_probs.device).unsqueeze(-1)
-    losses = -study.log_probs.gather(-1, aim).squeeze(-1).float()
-    return float(_last_half(losses.flatten(), shape).mean())
 
 
 def _last_half(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

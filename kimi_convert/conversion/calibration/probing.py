@@ -1,6 +1,6 @@
 """What a fitted hybrid can still look up in its context, beside its teacher: the probes of `recall`.
 
-One more pass over the teacher, with the mixers as they are stored.
+One more pass over the teacher, with the mixers, and all else that was trained, as they are stored.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from kimi_convert.config.progress import ProgressCallback, ProgressEvent
+from kimi_convert.conversion.calibration.ends import stored_ends
+from kimi_convert.conversion.calibration.rest import stored_rest
 from kimi_convert.conversion.calibration.sequential import SequentialInput, fitted_student
 from kimi_convert.conversion.calibration.store import CalibrationStore
-from kimi_convert.conversion.calibration.streams import advance, batches, copy_stream, make_stream
+from kimi_convert.conversion.calibration.streams import advance, batches, make_stream
 from kimi_convert.model.loading import LayerLoader
 from kimi_convert.model.recall import ProbeResult, SizedProbe, accuracy, probes_of
 
@@ -34,7 +36,7 @@ class _Streams:
 def probe_hybrid(
     teacher: LayerLoader,
     given: SequentialInput,
-    name_of: Mapping[int, str],
+    name_of: Mapping[int | None, str],
     store: CalibrationStore,
     on_progress: ProgressCallback,
 ) -> Sequence[ProbeResult]:
@@ -43,7 +45,8 @@ def probe_hybrid(
     Args:
         teacher: the source.
         given: of the second pass.
-        name_of: what the store calls each layer's parameters.
+        name_of: what the store calls each layer's parameters, and under None those outside of
+            layers, where the hybrid shares nothing with its teacher.
         store: with fitted layers.
         on_progress: told of layers.
     """
@@ -60,35 +63,53 @@ def _ask(
     teacher: LayerLoader,
     given: SequentialInput,
     probes: Sequence[SizedProbe],
-    name_of: Mapping[int, str],
+    name_of: Mapping[int | None, str],
     store: CalibrationStore,
     on_progress: ProgressCallback,
 ) -> list[ProbeResult]:
-    embed, num_layers = teacher.embedding(), teacher.config.num_layers
-    guides = [make_stream(one.probe.inputs, embed, spill=store.folder) for one in probes]
-    streams = [
-        _Streams(one, guide, copy_stream(guide, spill=store.folder))
-        for one, guide in zip(probes, guides, strict=True)
-    ]
+    num_layers = teacher.config.num_layers
+    outside = store.tensors(name_of[None]) if None in name_of else None
+    streams = _first_streams(teacher, probes, outside, store)
     for layer_idx in range(num_layers):
         on_progress(ProgressEvent(_STAGE, layer_idx, num_layers, "layers"))
         layer = teacher.layer(layer_idx)
         fitted = store.tensors(name_of[layer_idx])
         student, matrix = fitted_student(layer, layer_idx, fitted, given)
+        rest = layer if outside is None else stored_rest(teacher, layer_idx, fitted)
         for one in streams:
             for rows in batches(len(one.guide)):
                 advance(one.guide, layer, layer.mix(one.guide[rows]), rows)
-                x = layer.input_norm(one.student[rows])
-                advance(one.student, layer, student.features(x) @ matrix, rows)
+                x = rest.input_norm(one.student[rows])
+                advance(one.student, rest, student.features(x) @ matrix, rows)
     on_progress(ProgressEvent(_STAGE, num_layers, num_layers, "layers"))
     head = teacher.head()
+    own = head if outside is None else stored_ends(teacher, outside).head
     return [
         ProbeResult(
             name=one.probe.name,
             size=one.probe.size,
             answers=len(one.probe.probe.answers),
-            student=accuracy(one.probe.probe, one.student, head),
+            student=accuracy(one.probe.probe, one.student, own),
             teacher=accuracy(one.probe.probe, one.guide, head),
         )
         for one in streams
+    ]
+
+
+def _first_streams(
+    teacher: LayerLoader,
+    probes: Sequence[SizedProbe],
+    outside: Mapping[str, torch.Tensor] | None,
+    store: CalibrationStore,
+) -> list[_Streams]:
+    """Return what goes into the first layer of both models."""
+    embed = teacher.embedding()
+    own = embed if outside is None else stored_ends(teacher, outside).embed
+    return [
+        _Streams(
+            one,
+            make_stream(one.probe.inputs, embed, spill=store.folder),
+            make_stream(one.probe.inputs, own, spill=store.folder),
+        )
+        for one in probes
     ]

@@ -63,14 +63,14 @@ class Ranks:
         dist.broadcast(told, 0)
         return float(told)
 
-    def shard(self, layer: nn.Module, *, also: str) -> None:
-        """Leave each process a part of a layer's weights; they meet while `forward` or `also` runs."""
+    def shard(self, module: nn.Module, *, also: str = "forward") -> None:
+        """Leave each process a part of a module's weights; they meet while `forward` or `also` runs."""
         if self.mesh is not None:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             # Also after a forward pass alone, else what is trained would be another tensor there.
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=True)
-            register_fsdp_forward_method(layer, also)
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+            register_fsdp_forward_method(module, also)
 
 
 @contextmanager

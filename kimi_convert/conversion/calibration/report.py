@@ -99,6 +99,7 @@ class KeptSet:
 
     kept: tuple[int, ...]
     kl: float  # nats per token on validation tokens, before the second pass
+    chance: float  # nats that it could be behind the lowest by chance: two standard errors
     longest_run: int  # of KDA layers in a row
 
 
@@ -126,7 +127,12 @@ class CalibrationReport:
             "sequence_length": self.sequence_length,
             "kept": list(self.kept),
             "compared": [
-                {"kept": list(one.kept), "kl": one.kl, "longest_run_of_kda": one.longest_run}
+                {
+                    "kept": list(one.kept),
+                    "kl": one.kl,
+                    "chance": one.chance,
+                    "longest_run_of_kda": one.longest_run,
+                }
                 for one in self.compared
             ],
             "long_context": None if self.long_context is None else self.long_context.to_json(),

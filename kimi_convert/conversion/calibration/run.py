@@ -26,9 +26,14 @@ from kimi_convert.conversion.calibration.choice import (
     longest_run,
 )
 from kimi_convert.conversion.calibration.distill import DistillInput, distill, outcome_from
-from kimi_convert.conversion.calibration.distill_pair import DISTILLED, distilled_name
+from kimi_convert.conversion.calibration.distill_pair import (
+    DISTILLED,
+    distilled_name,
+    save_distilled,
+)
+from kimi_convert.conversion.calibration.ends import Ends, trained_ends
 from kimi_convert.conversion.calibration.fingerprint import digest_of, fingerprint
-from kimi_convert.conversion.calibration.hybrid import Ends, Hybrid, HybridLayer
+from kimi_convert.conversion.calibration.hybrid import Hybrid, HybridLayer
 from kimi_convert.conversion.calibration.long_context import LongContext, compare_at_length
 from kimi_convert.conversion.calibration.probing import probe_hybrid
 from kimi_convert.conversion.calibration.report import (
@@ -37,6 +42,7 @@ from kimi_convert.conversion.calibration.report import (
     LayerFit,
     layer_fit,
 )
+from kimi_convert.conversion.calibration.rest import FROZEN, rest_dtypes, rest_of
 from kimi_convert.conversion.calibration.sequential import (
     SequentialInput,
     SolvedStudent,
@@ -61,8 +67,8 @@ class Calibration:
     store: CalibrationStore
     report: CalibrationReport
 
-    def parameter(self, layer_idx: int, name: str) -> torch.Tensor:
-        """Return one fitted parameter, fp32, by its name in the layer: "kda.q.weight"."""
+    def parameter(self, layer_idx: int | None, name: str) -> torch.Tensor:
+        """Return one fitted parameter, fp32, by its name in the layer, "kda.q.weight", or outside."""
         return self.store.tensor(_latest(self.store, layer_idx), name)
 
 
@@ -115,7 +121,12 @@ def calibrate(
         sequence_length=rows.inputs.shape[1],
         kept=choice.kept,
         compared=tuple(
-            KeptSet(kept=kept, kl=kl, longest_run=longest_run(kept, config.num_layers))
+            KeptSet(
+                kept=kept,
+                kl=kl,
+                chance=choice.chance_of[kept],
+                longest_run=longest_run(kept, config.num_layers),
+            )
             for kept, kl in choice.kl_of.items()
         ),
         layers=tuple(_layer_fit(n, study, solved, store) for n in range(config.num_layers)),
@@ -158,9 +169,8 @@ class _Run:
         long = compare_at_length(
             self.teacher,
             given,
-            study,
             (released, choice.kept),
-            self.text.tokens[len(tokens) - self.text.validation_rows :, 1:],
+            self.text.long,
             self.store,
             self.on_progress,
         )
@@ -175,7 +185,7 @@ class _Run:
         )
 
     def distill(self, settled: Recipe) -> Mapping[str, object] | None:
-        """Train all mixers together, if the recipe says so; return what to note."""
+        """Train all mixers or all parameters together, if the recipe says so; return what to note."""
         recipe = self.calibration.distill
         if not recipe.steps:
             return None
@@ -194,28 +204,37 @@ class _Run:
                 self.store,
                 self.on_progress,
             )
-            for n in range(self.teacher.config.num_layers):
-                self.store.save(distilled_name(n), hybrid.stored(n), {})
-            self.store.save(DISTILLED, {}, note)
+            save_distilled(hybrid, self.store, note)
         return self.store.record(DISTILLED)
 
     def probe(self, settled: Recipe) -> Sequence[ProbeResult]:
         """Ask teacher and hybrid what only their context can tell."""
-        names = {n: _latest(self.store, n) for n in range(self.teacher.config.num_layers)}
+        names: dict[int | None, str] = {
+            n: _latest(self.store, n) for n in range(self.teacher.config.num_layers)
+        }
+        if self.calibration.distill.trains_all:
+            names[None] = distilled_name(None)
         given = self._sequential(settled)
         return probe_hybrid(self.teacher, given, names, self.store, self.on_progress)
 
     def _hybrid(self, settled: Recipe) -> Hybrid:
-        """Put the solved student together, around one copy of the teacher."""
-        given = self._sequential(settled)
+        """Put the solved student together, around one copy of the teacher where that is frozen."""
+        given, teacher = self._sequential(settled), self.teacher
+        trains_all = self.calibration.distill.trains_all
 
         def layers() -> Iterator[HybridLayer]:
-            for n in range(self.teacher.config.num_layers):
-                layer = self.teacher.layer(n)
-                fitted = self.store.tensors(fitted_name(n))
-                yield HybridLayer(layer, *fitted_student(layer, n, fitted, given))
+            for n in range(teacher.config.num_layers):
+                layer, rest, dtypes = teacher.layer(n), None, FROZEN
+                if trains_all:
+                    rest = rest_of(teacher, n)
+                    dtypes = rest_dtypes(teacher, rest, n)
+                student, matrix = fitted_student(
+                    layer, n, self.store.tensors(fitted_name(n)), given
+                )
+                yield HybridLayer(layer, student, matrix, rest=rest, dtypes=dtypes)
 
-        return Hybrid(Ends(self.teacher.embedding(), self.teacher.head()), layers())
+        ends = Ends(teacher.embedding(), teacher.head())
+        return Hybrid(ends, layers(), own=trained_ends(teacher) if trains_all else None)
 
     def _sequential(self, settled: Recipe) -> SequentialInput:
         return SequentialInput(
@@ -227,10 +246,12 @@ class _Run:
         )
 
 
-def _latest(store: CalibrationStore, layer_idx: int) -> str:
-    """Return the store's name of a layer's last parameters."""
-    name = distilled_name(layer_idx)
-    return name if store.has(DISTILLED) else fitted_name(layer_idx)
+def _latest(store: CalibrationStore, layer_idx: int | None) -> str:
+    """Return the store's name of a layer's last parameters, or of what is outside of layers."""
+    if store.has(DISTILLED):
+        return distilled_name(layer_idx)
+    assert layer_idx is not None
+    return fitted_name(layer_idx)
 
 
 def _layer_fit(

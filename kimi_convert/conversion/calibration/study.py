@@ -215,7 +215,7 @@ def _judge(
     log_probs = torch.cat([head(check[rows]).log_softmax(-1).half() for rows in runs])
     kls: dict[str, dict[int, float]] = {"kda": {}, "mla": {}}
     for (kind, layer_idx), stream in variants.items():
-        kls[kind][layer_idx] = divergence(head, stream, log_probs)
+        kls[kind][layer_idx] = float(divergences(head, stream, log_probs).mean())
     return Study(
         kl_as_kda=kls["kda"],
         kl_as_mla=kls["mla"],
@@ -224,13 +224,13 @@ def _judge(
     )
 
 
-def divergence(
+def divergences(
     head: Callable[[torch.Tensor], torch.Tensor], stream: torch.Tensor, log_probs: torch.Tensor
-) -> float:
-    """Return KL(teacher || student) in nats per token, over rows of a last hidden stream."""
-    total = 0.0
+) -> torch.Tensor:
+    """Return KL(teacher || student) of every row [n] of a last hidden stream, nats per token."""
+    found: list[torch.Tensor] = []
     for rows in batches(len(stream), values_per_row=log_probs[0].numel()):
         guide = log_probs[rows].float()
         student = head(stream[rows]).log_softmax(-1)
-        total += float((guide.exp() * (guide - student)).sum())
-    return total / (stream.shape[0] * stream.shape[1])
+        found.append((guide.exp() * (guide - student)).sum(-1).double().mean(-1).cpu())
+    return torch.cat(found)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kimi_convert.config.calibration import (
     AlignRecipe,
     CalibrationRecipe,
+    DistilledParameters,
     DistillRecipe,
     InitMethod,
 )
@@ -40,6 +41,7 @@ DEFAULTS = {
     "align": {"steps": 0, "tokens_per_step": 512, "learning_rate": 3e-3},
     "distill": {
         "tokens": 0,
+        "parameters": "mixers",
         "tokens_per_step": 8192,
         "learning_rate": 1e-3,
         "written_tokens": 0,
@@ -112,6 +114,10 @@ def test_file_that_says_nothing_gives_the_defaults(load, text):
             "[distill]\ntokens = 100000\ntokens_per_step = 1000",
             {"calibration": FITTED(distill=DistillRecipe(tokens=100000, tokens_per_step=1000))},
         ),
+        (
+            '[distill]\nparameters = "all"',
+            {"calibration": FITTED(distill=DistillRecipe(parameters=DistilledParameters.ALL))},
+        ),
         ('[mla]\nrope = "fold"', {}),
         ('[mla]\nrope = "drop"', {"rope": RopeHandling.DROP}),
         ("[kda]\nshort_conv_size = 2", {"short_conv_size": 2}),
@@ -176,6 +182,7 @@ def test_what_needs_text_is_refused_with_copy(load, text, name):
         pytest.param("[distill]\ntokens = -1", "distill.tokens", id="distill-tokens"),
         pytest.param("[distill]\ntokens_per_step = 0", "distill.tokens_per_step", id="batch"),
         pytest.param("[distill]\nlearning_rate = 2", "distill.learning_rate", id="rate"),
+        pytest.param('[distill]\nparameters = "none"', "distill.parameters", id="parameters"),
     ],
 )
 def test_calibration_that_cannot_be_is_refused_by_name(load, text, name):

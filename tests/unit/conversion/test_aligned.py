@@ -69,10 +69,10 @@ def make_pair(tmp_path, recipe=None, **fields):
 
 def request_of(text, steps=20, **changes):
     calibration = CalibrationRecipe(
-        tokens=30 * LENGTH,
+        tokens=60 * LENGTH,
         sequence_length=LENGTH,
         search_tokens=8 * LENGTH,
-        validation_tokens=4 * LENGTH,
+        validation_tokens=12 * LENGTH,
         align=AlignRecipe(steps=steps),
     )
     return AlignRequest(calibration=calibration, text=text, **changes)

@@ -116,7 +116,10 @@ def on_two_ranks(*command):
     )
 
 
-def test_two_ranks_reach_what_one_does(pair):
+@pytest.mark.parametrize("parameters", ["mixers", "all"])
+def test_two_ranks_reach_what_one_does(pair, parameters):
+    with (pair / "recipe.toml").open("a") as recipe:
+        recipe.write(f'parameters = "{parameters}"\n')
     told = distil(pair, "alone")
     done = on_two_ranks("-m", "kimi_convert", *arguments(pair, "together"))
     assert done.returncode == 0, done.stdout + done.stderr

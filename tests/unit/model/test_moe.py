@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kimi_convert.config.architecture import ModelConfig
-from kimi_convert.model.moe import Experts, MixtureOfExperts, Router
+from kimi_convert.model import moe as moe_module
+from kimi_convert.model.moe import MixtureOfExperts, Router
 from kimi_convert.model.numerics import SERVED, GroupFill, Numerics, Precision, RouterWeight
 from tests.tiny import tiny_config
 from tests.unit.model.build import random_hidden, random_layer, relative_error
@@ -82,9 +83,9 @@ def test_mixture_is_the_dense_formula(length, config, tmp_path):
 def test_only_chosen_experts_run_and_each_choice_runs_once(tmp_path, monkeypatch):
     config = CONFIGS["sigmoid"]
     moe, x, rows = mixture(tmp_path, config), random_hidden(config, 5, dtype=torch.float64), []
-    run = Experts._run
+    run = moe_module._swiglu
     monkeypatch.setattr(
-        Experts, "_run", lambda self, expert, x: rows.append(len(x)) or run(self, expert, x)
+        moe_module, "_swiglu", lambda x, *expert: rows.append(len(x)) or run(x, *expert)
     )
     moe(x[:1, :1])
     assert rows == [1, 1, 1]

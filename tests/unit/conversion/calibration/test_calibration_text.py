@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
-from kimi_convert.config.calibration import CalibrationRecipe
+from kimi_convert.config.calibration import CalibrationRecipe, DistillRecipe
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.errors import CalibrationError, InputError
@@ -19,9 +20,9 @@ from tests.unit.model.tokenizer_folders import write_tiktoken_folder
 RECIPE = CalibrationRecipe(tokens=640, sequence_length=32, search_tokens=128, validation_tokens=64)
 
 
-def read(path, seed=0):
+def read(path, seed=0, recipe=RECIPE):
     source = example_checkpoint()
-    return calibration_text(path, source, read_config(source), RECIPE, seed=seed)
+    return calibration_text(path, source, read_config(source), recipe, seed=seed)
 
 
 def write(path, documents):
@@ -52,6 +53,50 @@ def test_order_belongs_to_the_seed(many):
 def test_kinds_of_text_are_mixed(tmp_path):
     documents = [{"kind": kind, "text": f"{kind} " * 40} for kind in ("a", "b") for _ in range(40)]
     assert read(write(tmp_path / "kinds.jsonl", documents)).tokens.shape == (20, 33)
+
+
+def test_rows_come_from_all_over_the_text(tmp_path):
+    documents = [{"ids": [100 + n] * 64} for n in range(200)]
+    found = read(write(tmp_path / "documents.jsonl", documents))
+    seen = [set(row.tolist()) - {1} for row in found.tokens]
+    search, check = seen[:4], seen[-2:]
+    assert len(set.union(*search)) >= len(search)
+    assert all(not one & other for one in search for other in search if one is not other)
+    assert not check[0] & check[1]
+
+
+def test_validation_rows_are_of_documents_that_fit_nothing(tmp_path):
+    documents = [{"ids": [100 + n] * 64} for n in range(200)]
+    found = read(write(tmp_path / "documents.jsonl", documents))
+    check = found.tokens[-found.validation_rows :]
+    for fit in (found.tokens[: -found.validation_rows], found.training):
+        assert set(check.unique().tolist()) & set(fit.unique().tolist()) <= {1}
+
+
+def test_text_that_is_just_long_enough_is_used_whole(tmp_path):
+    path = write(tmp_path / "short.jsonl", [{"ids": [100 + n for n in range(641)]}])
+    found = read(path)
+    assert sorted((found.tokens[:, 0] - 100).tolist()) == list(range(0, 640, 32))
+    assert (found.tokens[-2:, 0] - 100).tolist() == [576, 608]  # the end
+
+
+def test_long_rows_follow_each_other_and_are_not_searched(many):
+    found = read(many)
+    assert found.long_rows == 8
+    assert torch.equal(found.long[1:, 0], found.long[:-1, -1])
+    assert torch.equal(found.long, found.tokens[10:18])
+    few = replace(RECIPE, search_tokens=544)
+    assert read(many, recipe=few).long_rows == 1
+
+
+def test_rows_are_the_same_however_much_is_trained_on(tmp_path):
+    path = write(tmp_path / "long.jsonl", [{"ids": [100 + n for n in range(3800)]}] * 4)
+    trained = replace(RECIPE, distill=DistillRecipe(tokens=9600, tokens_per_step=320))
+    alone, beside = read(path), read(path, recipe=trained)
+    assert torch.equal(alone.tokens, beside.tokens)
+    assert alone.training.shape == (140, 32)
+    assert beside.training.shape == (140 + 160, 32)
+    assert torch.equal(beside.training[:140], alone.training)
 
 
 def test_token_ids_need_no_words(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kimi_convert.conversion.calibration.choice import candidate_sets, longest_run
+from kimi_convert.conversion.calibration.choice import candidate_sets, chosen, longest_run
 from kimi_convert.conversion.calibration.study import Study
 
 RELEASED = (3, 7)
@@ -43,6 +43,35 @@ def test_pattern_that_is_the_best_already_is_listed_once():
 
 def test_equal_costs_are_taken_in_the_order_of_layers():
     assert candidate_sets(study([0.0] * 8, [0.0] * 8), RELEASED)[1] == (0, 1)
+
+
+EVERY_ROW = torch.tensor([0.1, 0.1, 0.1, 0.2])
+SOME_ROWS = torch.tensor([0.9, -0.5, 0.5, -0.4])  # of the same mean
+
+
+@pytest.mark.parametrize(
+    ("behind", "kept"),
+    [
+        ({(3, 7): EVERY_ROW}, (0, 1)),
+        ({(3, 7): SOME_ROWS}, (3, 7)),
+        ({(0, 7): SOME_ROWS, (0, 2): SOME_ROWS, (3, 7): EVERY_ROW}, (0, 7)),
+        ({(0, 7): EVERY_ROW, (0, 2): 0 * SOME_ROWS, (3, 7): EVERY_ROW}, (0, 1)),
+    ],
+    ids=["by-every-row", "by-some-rows", "released-in-part", "no-more-of-the-released"],
+)
+def test_set_that_chance_could_put_first_yields_to_the_released_pattern(behind, kept):
+    nearest = torch.tensor([1.0, 2.0, 1.0, 3.0])
+    rows_of = {(0, 1): nearest, **{one: nearest + more for one, more in behind.items()}}
+    choice = chosen(rows_of, released=RELEASED)
+    assert choice.kept == kept
+    assert choice.kl_of[0, 1] == pytest.approx(1.75)
+    assert choice.chance_of[0, 1] == 0
+
+
+def test_chance_is_two_standard_errors_of_the_difference():
+    nearest = torch.tensor([1.0, 2.0, 4.0, 3.0])
+    choice = chosen({RELEASED: nearest + SOME_ROWS, (0, 1): nearest}, released=RELEASED)
+    assert choice.chance_of[RELEASED] == pytest.approx(float(SOME_ROWS.std()))  # of 4 rows
 
 
 @pytest.mark.parametrize(

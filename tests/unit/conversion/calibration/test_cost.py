@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kimi_convert.checkpoints.examples import example_checkpoint
+from kimi_convert.config.calibration import DistilledParameters
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import default_recipe, with_training
 from kimi_convert.conversion.calibration import cost
@@ -13,10 +16,12 @@ from kimi_convert.conversion.calibration.streams import batches
 from kimi_convert.model.recall import probes_of
 
 
-def cost_of(distill_tokens, device="cpu"):
+def cost_of(distill_tokens, device="cpu", parameters=DistilledParameters.MIXERS):
     recipe = with_training(default_recipe(), align_steps=0, distill_tokens=distill_tokens)
     assert recipe.calibration is not None
-    return calibration_cost(read_config(example_checkpoint()), recipe.calibration, device)
+    chosen = replace(recipe.calibration.distill, parameters=parameters)
+    calibration = replace(recipe.calibration, distill=chosen)
+    return calibration_cost(read_config(example_checkpoint()), calibration, device)
 
 
 def test_a_large_vocabulary_is_taken_a_sequence_at_a_time():
@@ -30,6 +35,14 @@ def test_distillation_is_counted_by_its_tokens():
     assert (more.flops - none.flops) / (some.flops - none.flops) == 4
     # 7 million parameters that a token meets in part, five times, two products each.
     assert 20e6 < (some.flops - none.flops) / 2**20 < 100e6
+
+
+def test_training_of_all_holds_all_of_it_six_times_more():
+    stored = sum(path.stat().st_size for path in example_checkpoint().glob("*.safetensors"))
+    mixers, everything = cost_of(2**20), cost_of(2**20, parameters=DistilledParameters.ALL)
+    more = everything.memory_bytes - mixers.memory_bytes
+    assert 4 * 2 * stored < more < 6 * 2 * stored  # fp32; mixers are in both
+    assert everything.flops > mixers.flops
 
 
 def test_distillation_holds_the_whole_model_and_its_training():

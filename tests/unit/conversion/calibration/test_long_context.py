@@ -8,7 +8,6 @@ import torch
 from kimi_convert.conversion.calibration import long_context
 from kimi_convert.conversion.calibration.long_context import compare_at_length
 from kimi_convert.conversion.calibration.store import CalibrationStore
-from kimi_convert.conversion.calibration.study import Study
 from kimi_convert.model.loading import load_model, open_layers
 from tests.tiny import tiny_config, write_tiny_checkpoint
 
@@ -44,17 +43,13 @@ def compare(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(long_context, "future", planted)
     text = torch.randint(96, (8, SHORT + 1), generator=torch.Generator().manual_seed(1))
     text[1:, 0] = text[:-1, -1]  # rows follow each other
-    inputs, targets = text[:, :-1], text[:, 1:]
 
-    @torch.no_grad()
     def run():
-        log_probs = load_model(teacher)(inputs).log_softmax(-1).half()
-        study = Study(kl_as_kda={}, kl_as_mla={}, log_probs=log_probs, tokens=inputs)
         store = CalibrationStore(tmp_path / "work", "digest")
         with open_layers(teacher) as layers:
-            return compare_at_length(layers, None, study, SETS, targets, store, lambda event: None)
+            return compare_at_length(layers, None, SETS, text, store, lambda event: None)
 
-    return inputs, targets, run
+    return text, run
 
 
 @torch.no_grad()
@@ -69,10 +64,10 @@ def last_half(folder, tokens, kept):
 
 def test_longest_context_that_the_teacher_handles_counts(teacher, compare, monkeypatch):
     monkeypatch.setattr(long_context, "_SLACK", 100.0)  # a random teacher handles any
-    inputs, _, run = compare
+    text, run = compare
     found = run()
     assert found.length == 4 * SHORT
-    tokens = inputs.flatten().view(2, 4 * SHORT)
+    tokens = text[:, :-1].flatten().view(2, 4 * SHORT)
     expected = last_half(teacher, tokens, range(4))
     for kept in SETS:
         student = last_half(teacher, tokens, kept)
@@ -81,24 +76,25 @@ def test_longest_context_that_the_teacher_handles_counts(teacher, compare, monke
 
 
 def test_length_that_makes_the_same_tokens_harder_does_not_count(compare, monkeypatch):
-    *_, run = compare
+    _, run = compare
     monkeypatch.setattr(long_context, "_SLACK", -100.0)
     assert run() is None
 
 
+@torch.no_grad()
 def test_tokens_are_held_against_themselves_with_less_context(teacher, compare, monkeypatch):
-    inputs, targets, run = compare
-    losses = []
-    real = long_context._short_loss
-    monkeypatch.setattr(
-        long_context, "_short_loss", lambda *given: losses.append(real(*given)) or 100.0
-    )
-    run()
-    log_probs = load_model(teacher)(inputs).log_softmax(-1)
-    each = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    # Of sequences of two rows the second is the last half, of four the last two; log probabilities
-    # near 4.6 are kept in fp16.
-    assert losses == [
-        pytest.approx(each[1::2].mean().item(), abs=2e-3),
-        pytest.approx(each[[2, 3, 6, 7]].mean().item(), abs=2e-3),
-    ]
+    text, run = compare
+    model = load_model(teacher)
+    tokens, targets = text[:, :-1].flatten(), text[:, 1:].flatten()
+
+    def loss(length):
+        """Of the teacher on the last 16 of each 32 tokens."""
+        log_probs = model(tokens.view(-1, length)).log_softmax(-1).flatten(0, 1)
+        each = -log_probs.gather(-1, targets[:, None])
+        return each.view(-1, 2 * SHORT)[:, SHORT:].mean().item()
+
+    harder = loss(2 * SHORT) - loss(SHORT)
+    monkeypatch.setattr(long_context, "_SLACK", harder - 1e-4)
+    assert run() is None
+    monkeypatch.setattr(long_context, "_SLACK", harder + 1e-4)
+    assert run().length >= 2 * SHORT

@@ -17,11 +17,12 @@ from kimi_convert.commands._report import Sentence, Table
 from kimi_convert.config.calibration import (
     AlignRecipe,
     CalibrationRecipe,
+    DistilledParameters,
     DistillRecipe,
     InitMethod,
 )
 from kimi_convert.config.huggingface import read_config
-from kimi_convert.config.recipe import Recipe, RopeHandling, with_training
+from kimi_convert.config.recipe import Recipe, RopeHandling
 from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.calibration import (
     ahead,
@@ -113,11 +114,13 @@ def hashes(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text):
+@pytest.mark.parametrize("trained", ["solved", "all"])
+def test_quantised_teacher_is_fitted_as_its_plain_twin(tmp_path, text, trained):
+    recipe = recipe_of() if trained == "solved" else distilled(steps=2, parameters="all")
     found = []
     for teacher in write_twins(tmp_path, "fp8", num_hidden_layers=2):
         output = tmp_path / f"from-{teacher.name}"
-        convert(teacher, output, text, recipe=recipe_of())
+        convert(teacher, output, text, recipe=recipe)
         files = hashes(output)
         del files["conversion.json"]
         found.append(files)
@@ -181,10 +184,10 @@ def test_report_has_every_layer_and_both_costs(tmp_path, text):
     assert by_position == {"0 to 23": pytest.approx(document["validation"]["kl"])}
 
 
-@pytest.mark.parametrize("trained", [0, 240], ids=["fitted", "distilled"])
-def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text, trained):
+@pytest.mark.parametrize("steps", [0, 2], ids=["fitted", "distilled"])
+def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text, steps):
     source = source_of(tmp_path)
-    recipe = with_training(recipe_of(), align_steps=None, distill_tokens=trained)
+    recipe = distilled(recipe_of(), steps=steps)
     result = convert(source, tmp_path / "hybrid", text, recipe=recipe)
     document = json.loads((result.output / "conversion.json").read_text())["calibration"]
     config = read_config(source)
@@ -204,7 +207,7 @@ def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text
 
 def test_choice_that_does_not_hold_at_length_is_overturned_and_said(tmp_path, text, monkeypatch):
     def nearer(*given):
-        released, chosen = given[3]
+        released, chosen = given[2]
         return LongContext(length=96, kl_of={released: 0.25, chosen: 0.5})
 
     monkeypatch.setattr(run, "compare_at_length", nearer)
@@ -381,8 +384,9 @@ def elsewhere(monkeypatch):
         yield device
 
 
-def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewhere):
-    recipe = distilled(recipe_of(steps=1), steps=1)
+@pytest.mark.parametrize("parameters", DistilledParameters)
+def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewhere, parameters):
+    recipe = distilled(recipe_of(steps=1), steps=1, parameters=parameters)
     source = source_of(tmp_path, num_hidden_layers=2)
     there = convert(source, tmp_path / "there", text, recipe=recipe, device=elsewhere).fit
     here = convert(source, tmp_path / "here", text, recipe=recipe).fit
@@ -391,7 +395,7 @@ def test_every_tensor_of_a_calibration_is_on_its_device(tmp_path, text, elsewher
     assert there.validation.kl == pytest.approx(here.validation.kl, rel=1e-3)
 
 
-def distilled(recipe=None, *, steps=16, rate=1e-3, written=0):
+def distilled(recipe=None, *, steps=16, rate=1e-3, written=0, parameters="mixers"):
     recipe = recipe or recipe_of(InitMethod.NAIVE)
     assert recipe.calibration is not None
     distill = DistillRecipe(
@@ -399,6 +403,7 @@ def distilled(recipe=None, *, steps=16, rate=1e-3, written=0):
         tokens_per_step=8 * LENGTH,
         learning_rate=rate,
         written_tokens=written,
+        parameters=DistilledParameters(parameters),
     )
     return replace(recipe, calibration=replace(recipe.calibration, distill=distill))
 
