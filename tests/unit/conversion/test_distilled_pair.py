@@ -19,6 +19,7 @@ from kimi_convert.cli import app
 from kimi_convert.config.huggingface import read_config
 from kimi_convert.config.recipe import load_recipe
 from kimi_convert.conversion import engine
+from kimi_convert.conversion.calibration import captured, distill
 from kimi_convert.conversion.calibration.calibration_text import calibration_text
 from kimi_convert.model.loading import load_model
 from tests.tiny import tiny_config, write_tiny_checkpoint
@@ -101,6 +102,30 @@ def test_parts_that_are_not_the_teachers_stay_the_hybrids(pair):
     told = distil(pair)
     assert kl_of(pair, "hybrid") == pytest.approx(told["before"]["kl"], rel=1e-3)
     assert kl_of(pair, "out") == pytest.approx(told["after"]["kl"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parameters", ["mixers", "all"])
+def test_on_a_gpu_steps_are_replayed_and_the_report_holds_on_a_cpu(pair, parameters, monkeypatch):
+    taken = []
+
+    class Seen(captured.CapturedStep):
+        def __init__(self, *given):
+            super().__init__(*given)
+            taken.append(self)
+
+    monkeypatch.setattr(distill, "CapturedStep", Seen)
+    many = RECIPE.replace(f"{8 * LENGTH}\n", f"{48 * LENGTH}\n")  # a step that runs all experts
+    (pair / "recipe.toml").write_text(f'{many}parameters = "{parameters}"\n')
+    command = arguments(pair, "out")
+    command[command.index("--distill") + 1] = str(STEPS * 48 * LENGTH)
+    result = CliRunner().invoke(app, [*command, "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert taken[0].replays
+    assert told["after"]["kl"] < told["before"]["kl"]
+    # Products are bf16 there.
+    assert kl_of(pair, "out") == pytest.approx(told["after"]["kl"], rel=0.05)
 
 
 def on_two_ranks(*command):
