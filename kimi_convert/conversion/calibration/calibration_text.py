@@ -39,8 +39,8 @@ _LONG_ROWS = 8
 class CalibrationText:
     """Rows of tokens [N, T + 1], those that a search looks at first.
 
-    The last `validation_rows` fit nothing, nor does what stands near them in the text. The
-    `long_rows` before them follow each other.
+    The last `validation_rows` fit nothing; nor do others of their documents, where there is more
+    text than is asked for. The `long_rows` before them follow each other.
     """
 
     tokens: torch.Tensor  # int64

@@ -27,6 +27,7 @@ from kimi_convert.config.target_format import TargetFormat
 from kimi_convert.conversion.calibration import (
     ahead,
     align,
+    choice,
     distill,
     hybrid,
     moves,
@@ -203,6 +204,16 @@ def test_probes_in_the_report_are_those_of_the_written_checkpoint(tmp_path, text
             assert probe[who] == pytest.approx(right, abs=1.01 / probe["answers"])
     said = [section for section in fit_report(result.fit) if isinstance(section, Table)]
     assert any(len(table.rows) == len(drawn) and "hybrid" in table.columns for table in said)
+
+
+def test_choice_that_could_be_chance_is_the_released_pattern_and_said(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(choice, "_STANDARD_ERRORS", 1e9)
+    result = convert(source_of(tmp_path), tmp_path / "hybrid", text)
+    assert result.fit is not None
+    assert result.fit.kept == (3,) != min(result.fit.compared, key=lambda one: one.kl).kept
+    assert result.fit.long_context is None
+    said = [part.text for part in fit_report(result.fit) if isinstance(part, Sentence)]
+    assert any("Chance could have put" in text for text in said)
 
 
 def test_choice_that_does_not_hold_at_length_is_overturned_and_said(tmp_path, text, monkeypatch):
