@@ -93,6 +93,17 @@ def test_mixer_that_is_on_its_target_is_left_alone(layer, student):
     assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
 
 
+def test_mixer_that_steps_only_lead_away_stays_as_it_was(layer, student):
+    before = values_of(student)
+    x = layer.given.x
+    nearly = student.features(x) @ matrix()
+    y = nearly + 1e-2 * nearly.std() * torch.randn_like(nearly)
+    note = align(student, x, y, learning_rate=3e-2)
+    assert note.losses[0] == note.losses[1] == pytest.approx(1e-4, rel=0.2)
+    assert note.tokens == 40 * 4 * 48
+    assert all(torch.equal(before[name], value) for name, value in student.parameters().items())
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_replayed_steps_reach_what_they_reach_on_a_cpu(layer, student):
     stored = {name: value.cuda() for name, value in student.parameters().items()}
