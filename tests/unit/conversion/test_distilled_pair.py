@@ -115,7 +115,7 @@ def test_on_a_gpu_steps_are_replayed_and_the_report_holds_on_a_cpu(pair, paramet
             taken.append(self)
 
     monkeypatch.setattr(distill, "CapturedStep", Seen)
-    many = RECIPE.replace(f"{8 * LENGTH}\n", f"{48 * LENGTH}\n")  # a step that runs all experts
+    many = RECIPE.replace(f"step = {8 * LENGTH}", f"step = {48 * LENGTH}")  # all experts run
     (pair / "recipe.toml").write_text(f'{many}parameters = "{parameters}"\n')
     command = arguments(pair, "out")
     command[command.index("--distill") + 1] = str(STEPS * 48 * LENGTH)
