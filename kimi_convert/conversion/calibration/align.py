@@ -24,7 +24,7 @@ _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _DIVERGED = 4.0  # times the first loss, on average over as many steps as the next says
 _AVERAGED = 10
-_NO_MIXER = 1.0  # the error of one that is switched off
+_NEAR = 0.25  # what a first loss below it counts as: four times it is the error of no mixer at all
 _NOTHING_TO_GAIN = 1e-6  # a relative squared error; bf16 weights alone make about 1e-5
 
 # The size of a parameter's steps: a multiple of its own rms, or a number for what starts at 0 or
@@ -189,7 +189,7 @@ def _batches(
 
 
 def _check(losses: list[float], recipe: AlignRecipe) -> None:
-    most = max(_DIVERGED * losses[0], _NO_MIXER)
+    most = _DIVERGED * max(losses[0], _NEAR)
     if not math.isfinite(losses[-1]) or _mean(losses[-_AVERAGED:]) > most:
         raise VerificationError(
             "alignment diverges",
