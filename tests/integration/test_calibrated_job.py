@@ -168,7 +168,7 @@ def test_work_of_another_conversion_is_not_taken_over(recipe, tmp_path):
 def test_hybrid_that_exists_is_aligned_and_validates(recipe, tmp_path):
     copied, output = tmp_path / "copied", tmp_path / "aligned"
     assert run_here("convert", example_checkpoint(), copied, "--no-text").returncode == 0
-    options = ("--recipe", recipe, "--steps", "2", "--quiet", "--json")
+    options = ("--recipe", recipe, "--steps", "12", "--quiet", "--json")
     done = run_here("align", example_checkpoint(), copied, output, *options)
     assert done.returncode == 0, done.stdout
     result = json.loads(done.stdout)
