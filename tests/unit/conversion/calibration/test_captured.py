@@ -35,7 +35,14 @@ def _training(device: torch.device) -> tuple[nn.Linear, _Step, Rates]:
     return model, step, Rates(optimizer, device)
 
 
-def _trained(device: torch.device, take: _Step, rates: Rates, model: nn.Linear) -> list[float]:
+def _same(step: _Step) -> _Step:
+    return step
+
+
+def _trained(device: torch.device, wrap: Callable[[_Step], _Step] = _same) -> list[float]:
+    """Train from the same start on the same draws; return losses and weights."""
+    model, step, rates = _training(device)
+    take = wrap(step)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for n in range(_STEPS):
@@ -45,14 +52,24 @@ def _trained(device: torch.device, take: _Step, rates: Rates, model: nn.Linear) 
     return [*torch.stack(losses).tolist(), *model.weight.flatten().tolist()]
 
 
+def _captured(device: torch.device, *, waits: bool = False) -> tuple[list[float], bool]:
+    """Train with captured steps; say whether they were replayed."""
+    made: list[CapturedStep] = []
+
+    def wrap(step: _Step) -> CapturedStep:
+        def waiting(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            assert float(x.sum()) != 0
+            return step(x, y)
+
+        made.append(CapturedStep(waiting if waits else step, device))
+        return made[0]
+
+    return _trained(device, wrap), made[0].replays
+
+
 def test_on_a_cpu_a_step_is_only_called():
     cpu = torch.device("cpu")
-    model, step, rates = _training(cpu)
-    expected = _trained(cpu, step, rates, model)
-    model, step, rates = _training(cpu)
-    take = CapturedStep(step, cpu)
-    assert _trained(cpu, take, rates, model) == expected
-    assert not take.replays
+    assert _captured(cpu) == (_trained(cpu), False)
 
 
 def test_rates_are_shares_of_what_the_groups_began_with():
@@ -67,29 +84,10 @@ def test_rates_are_shares_of_what_the_groups_began_with():
 
 
 @pytest.mark.gpu
-def test_replays_train_as_the_steps_they_replace():
+@pytest.mark.parametrize("waits", [False, True], ids=["replayed", "waits for the device"])
+def test_on_a_gpu_captured_steps_train_as_the_steps_themselves(waits):
     cuda = torch.device("cuda")
-    model, step, rates = _training(cuda)
-    expected = _trained(cuda, step, rates, model)
-    model, step, rates = _training(cuda)
-    take = CapturedStep(step, cuda)
-    found = _trained(cuda, take, rates, model)
-    assert take.replays
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.gpu
-def test_steps_that_wait_for_the_device_are_taken_as_they_are():
-    cuda = torch.device("cuda")
-    model, step, rates = _training(cuda)
-    expected = _trained(cuda, step, rates, model)
-    model, step, rates = _training(cuda)
-
-    def waits(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        assert float(x.sum()) != 0
-        return step(x, y)
-
-    take = CapturedStep(waits, cuda)
-    found = _trained(cuda, take, rates, model)
-    assert not take.replays
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=1e-12)
+    found, replayed = _captured(cuda, waits=waits)
+    assert replayed != waits  # a step that waits cannot be captured, and is taken as it is
+    expected = torch.tensor(_trained(cuda))
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-9, atol=1e-12)
